@@ -1,0 +1,12 @@
+"""The front door: every public name of every chapter, in the chapters' order. Written by hand, not exported."""
+from torch import tensor  # code of the lesson uses it bare
+
+from dl2lib.core import *
+from dl2lib.datasets import *
+from dl2lib.schedules import *
+from dl2lib.callbacks import *
+from dl2lib.runner import *
+from dl2lib.hooks import *
+from dl2lib.convnet import *
+from dl2lib.datablock import *
+from dl2lib.train import *
