@@ -375,7 +375,8 @@ def _check_whole(dest, totals, classes, remedy): # expected number of files of e
     if not dest.is_dir(): raise NotADirectoryError(f'{dest} is no folder; remove or rename it')
     wrong = [f'{split}/{c} is missing' for split in totals for c in classes if not (dest/split/c).is_dir()]
     for split, n in totals.items():
-        found = sum(e.name.lower().endswith(('.jpg','.jpeg')) for c in classes if (dest/split/c).is_dir() for e in os.scandir(dest/split/c))
+        folders = [dest/split/c for c in classes if (dest/split/c).is_dir()]
+        found = sum(o.lower().endswith(('.jpg','.jpeg')) for folder in folders for o in os.listdir(folder))
         if found != n: wrong.append(f'{split} has {found:,} images instead of {n:,}')
     if wrong: raise RuntimeError(f'{dest} is not whole: {"; ".join(wrong)}. {remedy}')
 
@@ -402,14 +403,15 @@ def shapes(root=None,    # folder for datasets; None: `data_dir()`
             with _new_folder(dest) as tmp:
                 for split, n in totals.items(): _write_shapes(tmp, split, n, seed)
         except OSError as e:
-            raise OSError(e.errno, f'{e.strerror or e}: Shapes could not be written. Make room, or give another folder as root or DL2LIB_DATA', str(dest)) from e
+            raise OSError(e.errno, f'{e.strerror or e}: Shapes could not be written. '
+                                   'Make room, or give another folder as root or DL2LIB_DATA', str(dest)) from e
     _check_whole(dest, totals, shape_names, 'Remove the folder, and it will be made anew.')
     return dest
 
 # %% ../nbs/01_datasets.ipynb #01_datasets-090
-imagenette_names = dict(n01440764='tench', n02102040='springer', n02979186='cassette player', n03000684='chain saw', n03028079='church',
-                        n03394916='french horn', n03417042='garbage truck', n03425413='gas pump', n03445777='golf ball',
-                        n03888257='parachute') # folder: what it shows
+imagenette_names = dict(n01440764='tench', n02102040='springer', n02979186='cassette player', n03000684='chain saw',
+                        n03028079='church', n03394916='french horn', n03417042='garbage truck', n03425413='gas pump',
+                        n03445777='golf ball', n03888257='parachute') # folder: what it shows
 
 _imagenette_sizes = {160: ('imagenette2-160', '160px'), 320: ('imagenette2-320', '320px'), 'full': ('imagenette2', 'full')}
 
@@ -429,12 +431,13 @@ def imagenette(size=160,  # 160 or 320 (the shorter side in pixels), or 'full'
                root=None, # folder that holds `imagenette2-160` and the like, or shall; None: `data_dir()`
               )->Path:    # folder with `train/<class>/*.JPEG` (9,469) and `val/<class>/*.JPEG` (3,925)
     "Imagenette, second edition: found under `root`, or fetched into it."
-    if size not in list(_imagenette_sizes): raise ValueError(f'size={size!r} must be one of {", ".join(map(repr, _imagenette_sizes))}')
+    sizes = list(_imagenette_sizes)
+    if size not in sizes: raise ValueError(f'size={size!r} must be one of {", ".join(map(repr, sizes))}')
     name, torchvision_size = _imagenette_sizes[size]
     root = _check_root(root)
     dest = root if root.name == name else root/name
-    by_hand = (f'Get {name}.tgz from https://s3.amazonaws.com/fast-ai-imageclas/{name}.tgz on any machine and unpack it, so that {dest}/train and '
-               f'{dest}/val exist; or give its place as root or DL2LIB_DATA')
+    by_hand = (f'Get https://s3.amazonaws.com/fast-ai-imageclas/{name}.tgz on any machine and unpack it, so that '
+               f'{dest}/train and {dest}/val exist; or give its place as root or DL2LIB_DATA')
     if not dest.exists():
         try:
             dest.parent.mkdir(parents=True, exist_ok=True)
@@ -442,5 +445,5 @@ def imagenette(size=160,  # 160 or 320 (the shorter side in pixels), or 'full'
         except Exception as e:
             raise FileNotFoundError(f'Imagenette is not at {dest}, and torchvision could not fetch it ({type(e).__name__}: {e}). '
                                     f'{by_hand}. shapes() makes a dataset that needs no download') from e
-    _check_whole(dest, dict(train=9469, val=3925), imagenette_names, f'Remove the folder, and call imagenette({size!r}) again. Or: {by_hand}')
+    _check_whole(dest, dict(train=9469, val=3925), imagenette_names, f'Remove the folder and call this again. Or: {by_hand}')
     return dest
