@@ -8,5 +8,6 @@ from dl2lib.callbacks import *
 from dl2lib.runner import *
 from dl2lib.hooks import *
 from dl2lib.convnet import *
+from dl2lib.lsuv import *
 from dl2lib.datablock import *
 from dl2lib.train import *
