@@ -41,7 +41,7 @@ def find_splits(path # a folder
 # %% ../nbs/11_train.ipynb #11_train-011
 def make_data(path,        # a folder: `train/<class>/*` and `val/<class>/*`, or `<class>/*`
               size=128,    # side of the square that images are resized to, pixels
-              bs=64,       # batch size
+              bs=32,       # batch size
               seed=42,     # of shuffling
               **kwargs,    # for `get_dls`, such as num_workers
              )->tuple:     # DataBunch; a sentence that says how it was split
@@ -102,7 +102,7 @@ def save_predictions(learn, run, # as for `predict`
 
 # %% ../nbs/11_train.ipynb #11_train-023
 def train(path=None,    # as for `make_data`; None: Shapes, made if it is not there
-          epochs=3, size=128, bs=64, # epochs; side of images, pixels; batch size
+          epochs=3, size=128, bs=32, # epochs; side of images, pixels; batch size
           device=None,  # as for `default_device`
           seed=42,      # of weights, shuffling and everything else: the same seed gives the same result
           out='out',    # folder for pictures
@@ -131,7 +131,7 @@ def main(argv=None # list of arguments; None: the command line's
     p = argparse.ArgumentParser('dl2lib-train', description="Train the lesson's CNN on a folder of images.")
     p.add_argument('folder', nargs='?', help='train/<class>/* and val/<class>/* (or valid/), or <class>/*; none: the Shapes data')
     for name, kind, default, text in [('epochs', int, 3, 'runs through the training images'), ('size', int, 128, 'side of the images, pixels'),
-        ('bs', int, 64, 'batch size'), ('device', str, None, 'cpu, cuda, cuda:1, mps (default: the best there is)'),
+        ('bs', int, 32, 'batch size'), ('device', str, None, 'cpu, cuda, cuda:1, mps (default: the best there is)'),
         ('seed', int, 42, 'the same seed gives the same result'), ('out', str, 'out', 'folder for pictures'),
         ('workers', int, None, 'processes that load images')]:
         p.add_argument(f'--{name}', type=kind, default=default, help=text + (f' (default: {default})' if default is not None else ''))
