@@ -130,4 +130,6 @@ def run_imagenette(folder, epochs=2, size=128, bs=64, lr=.05, seed=42):
          + f'\n\nReading the images took {loaded:.0f} s; {(time.time()-t0)/60:.0f} minutes in all, on a machine shared with other work. One seed: differences of a point or two mean nothing.')
 
 
-if __name__ == '__main__': dict(shapes=run_shapes, imagenette=run_imagenette)[sys.argv[1]](*sys.argv[2:])
+if __name__ == '__main__':
+    torch.set_flush_denormal(True) # tiny numbers of dying networks slow a CPU down
+    dict(shapes=run_shapes, imagenette=run_imagenette)[sys.argv[1]](*sys.argv[2:])
