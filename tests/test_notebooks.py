@@ -44,14 +44,14 @@ def run_in_kernel(path, root, home):
     saved.cells = [c for c in saved.cells if c.cell_type == 'code' and not skipped(c)]
     nb = nbformat.v4.new_notebook(metadata=saved.metadata, cells=[nbformat.v4.new_code_cell(c.source, id=c.id) for c in saved.cells])
     env = environment(root, **{f'{k}_DIR': str(home/k.lower()) for k in ('JUPYTER_CONFIG', 'JUPYTER_RUNTIME', 'JUPYTER_DATA')}, IPYTHONDIR=str(home/'ipython'))
-    client = NotebookClient(nb, timeout=900, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}})
+    begun = [] # the cells, as they are sent to the kernel
+    client = NotebookClient(nb, on_cell_start=lambda cell, cell_index: begun.append(cell), timeout=900, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}})
     try: client.execute(env=env)
     except CellExecutionError:
         cell, error = next((c, o) for c in nb.cells for o in c.outputs if o.output_type == 'error')
         trace = re.sub(r'\x1b\[[0-9;]*m', '', '\n'.join(error.traceback))
         pytest.fail(f'{path.name}: this cell failed:\n{source(cell)}\n\n{trace[-4000:]}', pytrace=False)
     except (CellTimeoutError, DeadKernelError) as e:
-        begun = [c for c in nb.cells if c.outputs or c.get('execution_count')]
         pytest.fail(f'{path.name}: {e}\nThe cell that began last:\n{source(begun[-1]) if begun else None}', pytrace=False)
     return saved, nb
 
