@@ -241,7 +241,7 @@ class _Passes:
             def look(l, args, kwargs, out):
                 order[l], y = None, _tensor(out)
                 if isinstance(y, Tensor) and y.is_floating_point(): l.seen.append((i, _moments(y)))
-                elif not l.why: l.why = f'its output is {type(y).__name__}, not a tensor of floating point numbers: choose modules that give one'
+                elif not l.why: l.why = f'its output is {type(y).__name__}, not a tensor of floating point numbers: choose other modules'
             self.forward(i, self.layers, look)
         for l in self.layers: l.mean, l.std = _pooled([o for _, o in l.seen])
         return list(order)
