@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from common import save, table
-from dl2lib.hooks import find_modules, is_lin_layer
+from dl2lib.hooks import Hooks, append_stat, find_modules, is_lin_layer
 from dl2lib.lsuv import lsuv_init
 
 TOL_PAPER, TOL, SHAPE, MAX_TRIES = .1, 1e-3, (64, 3, 64, 64), 10
@@ -33,11 +33,8 @@ def paper_lsuv(model, x):
 
 def worst(model, x):
     "The largest |std - 1| of any layer, by a pass of its own."
-    stds = []
-    hooks = [l.register_forward_hook(lambda m, i, o: stds.append(o.std().item())) for l in find_modules(model, is_lin_layer)]
-    with torch.no_grad(): model(x)
-    for h in hooks: h.remove()
-    return max(abs(s-1) for s in stds)
+    with torch.no_grad(), Hooks(find_modules(model, is_lin_layer), append_stat) as hooks: model(x)
+    return max(abs(h.std-1) for h in hooks)
 
 
 def arms():

@@ -10,24 +10,23 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
 from common import save, table
 from dl2lib.convnet import ConvLayer, get_cnn_model, init_cnn
+from dl2lib.datablock import CategoryProcessor, ImageList, LabeledData, ResizeFixed, make_rgb, parent_labeler, to_byte_tensor
 from dl2lib.datasets import shapes
 from dl2lib.lsuv import lsuv_init
 
 
 def load(folder, size):
     "All images of a folder, squashed to `size` pixels: bytes (N,3,size,size) and classes."
-    classes = sorted(p.name for p in Path(folder).iterdir() if p.is_dir())
-    files = [(f, i) for i, c in enumerate(classes) for f in sorted((Path(folder)/c).iterdir())]
-    x = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    for j, (f, _) in enumerate(files):
-        with Image.open(f) as im: x[j] = torch.from_numpy(np.array(im.convert('RGB').resize((size, size), Image.BILINEAR))).permute(2, 0, 1)
-    return x, torch.tensor([i for _, i in files])
+    il = ImageList.from_files(folder, tfms=[make_rgb, ResizeFixed(size), to_byte_tensor])
+    ds = LabeledData.label_by_func(il, parent_labeler, proc_y=CategoryProcessor())
+    x = torch.empty(len(ds), 3, size, size, dtype=torch.uint8) # filled image by image: no second copy of a whole set
+    for i, im in enumerate(ds.x): x[i] = im
+    return x, torch.tensor(ds.y.items)
 
 
 def normalizer(x):

@@ -144,7 +144,7 @@ def test_mean_images_do_not_solve_it(path):
         with Image.open(fn) as img: x = np.asarray(img.resize((16,16), Image.Resampling.BOX), float)
         x = abs(x-x[0,0]).mean(2).ravel()
         return x/(np.linalg.norm(x)+1e-6)
-    assert nearest_mean(path, grey) < .5 # .39 with Pillow 13
+    assert nearest_mean(path, grey) < .4 # .39 with Pillow 13
 
 def test_sizes_do_not_tell_the_class(path):
     def size(fn):
