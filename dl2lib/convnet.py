@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F, init
 
-from .core import listify, preserve_mode, preserve_rng, to_device, uniqueify
+from .core import Table, listify, preserve_mode, preserve_rng, to_device, uniqueify
 from .hooks import Hooks, find_modules, is_lin_layer
 from .runner import get_batch, get_runner
 
@@ -200,6 +200,4 @@ def model_summary(run,            # a Runner; or a Learner, alone
         xb, _ = get_batch(data.train_dl if data.valid_dl is None else data.valid_dl, run)
         model.eval()
         rows = _summary_rows(model, xb if device is None else to_device(xb, device), _with_rows(model, find_all))
-    rows = [('layer', 'output', 'parameters'), *rows, ('all', '', f'{sum(p.numel() for p in model.parameters()):,}')]
-    w0, w1 = (max(len(r[i]) for r in rows)+2 for i in (0, 1))
-    for layer, shape, n in rows: print(f'{layer:<{w0}}{shape:<{w1}}{n:>10}')
+    print(Table(['layer', 'output', 'parameters'], [*rows, ('all', '', f'{sum(p.numel() for p in model.parameters()):,}')]))

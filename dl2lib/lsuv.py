@@ -6,7 +6,7 @@
 __all__ = ['LSUVRow', 'LSUVReport', 'lsuv_init', 'lsuv_module']
 
 # %% ../nbs/07a_lsuv.ipynb #07a_lsuv-002
-import html, math, random
+import math, random
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .core import ListContainer, listify, preserve_mode, preserve_rng, to_device
+from .core import ListContainer, Table, listify, preserve_mode, preserve_rng, to_device
 from .hooks import find_modules, is_lin_layer
 
 # %% ../nbs/07a_lsuv.ipynb #07a_lsuv-023
@@ -413,16 +413,12 @@ class LSUVReport(ListContainer):
         bad, s = len(self.refused), 'es' if self.n_batches > 1 else ''
         return f'{len(self)-bad} of {len(self)} layers set on {self.n_batches} batch{s}, in {self.forwards} forward passes; {bad} refused'
 
-    def __repr__(self):
-        lines = [self.header] + [r.cells for r in self]
-        widths = [max(map(len, col)) for col in zip(*lines)]
-        def text(l): return '  '.join(o.ljust(w) if i in (0, 1, 7) else o.rjust(w) for i, (o, w) in enumerate(zip(l, widths))).rstrip()
-        return '\n'.join([*map(text, lines), self.summary])
+    @property
+    def table(self)->Table:
+        return Table(self.header, [r.cells for r in self], self.summary)
 
-    def _repr_html_(self):
-        def row(l, tag): return '<tr>' + ''.join(f'<{tag}>{html.escape(o)}</{tag}>' for o in l) + '</tr>'
-        body = ''.join(row(r.cells, 'td') for r in self)
-        return f'<table><thead>{row(self.header, "th")}</thead><tbody>{body}</tbody></table><p>{html.escape(self.summary)}</p>'
+    def __repr__(self): return repr(self.table)
+    def _repr_html_(self): return self.table._repr_html_()
 
     def plot(self, figsize=(9,3)): # inches
         "Draw means and deviations layer by layer, before and after. Returns the figure."
