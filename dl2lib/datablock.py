@@ -98,13 +98,15 @@ def _hidden(names)->slice: # of sorted names: those that begin with a dot. After
 
 
 def _get_files(p:str,           # a folder
-               names,           # of files in it
+               names:list,      # of files in it; it is sorted in place
                extensions=None, # lower-case endings with their dot; None: every file
               )->list:          # their paths, as strings
     "The visible files with a right ending, in the order of their names."
-    prefix, ends, names = os.path.join(p, ''), tuple(extensions or ['']), sorted(names)
-    del names[_hidden(names)]
-    return [prefix+n for n in names if n.lower().endswith(ends)]
+    names.sort()
+    prefix, ends, hidden = os.path.join(p, ''), tuple(extensions or ['']), _hidden(names)
+    names = names[:hidden.start] + names[hidden.stop:]
+    usual = next((n[-len(e):] for n in names for e in ends if n.lower().endswith(e)), '/') # most end like the first that fits
+    return [prefix+n for n in names if n.endswith(usual) or n.lower().endswith(ends)]
 
 # %% ../nbs/08_datablock.ipynb #08_datablock-033
 def _scan(d:str)->tuple: # a folder -> the names of its files, folders, links to folders, and of what is none of these
@@ -163,16 +165,16 @@ def get_files(path,            # a folder
     found, left_out = {}, []
     ends = {e.lower() if e.startswith('.') else f'.{e.lower()}' for e in listify(extensions)}
     for d, files, odd in _walk(_tops(path, recurse, include), recurse, left_out):
-        files.sort()
         found[d] = _get_files(d, files, ends)
         odd += files[_hidden(files)]
         left_out += [os.path.join(d, n) for n in odd if n.lower().endswith(tuple(ends or ['']))]
-    strs = [s for d in sorted(found, key=lambda d: d.split(os.sep)) for s in found[d]]
+    res = Paths()
+    for d in sorted(found, key=lambda d: d.split(os.sep)): res.strs += found[d]
     why = 'hidden, reached a second time by a link, or no plain file'
     if left_out: _warn(f'{len(left_out)} left out ({why}): {_some(sorted(left_out))}')
-    if not strs: raise FileNotFoundError(f'{path} has no file{f" that ends with {_some(sorted(ends), 20)}" if ends else ""}'
+    if not res: raise FileNotFoundError(f'{path} has no file{f" that ends with {_some(sorted(ends), 20)}" if ends else ""}'
                                          f'{"" if recurse else " (subfolders were not looked into: recurse=True does)"}')
-    return Paths(strs)
+    return res
 
 # %% ../nbs/08_datablock.ipynb #08_datablock-046
 class ItemList(ListContainer):
@@ -861,6 +863,12 @@ class SeededDataLoader(DataLoader):
         n_pass, batch = self._live or (self.n_pass, self.batch_sampler.start)
         if batch >= len(self): n_pass, batch = n_pass + self.batch_sampler.shuffle, 0
         return dict(seed=self.dataset.seed, n_pass=n_pass, batch=batch)
+
+    @property
+    def live_idxs(self)->list: # positions in the dataset of the samples of the batch given last; none outside a loop
+        if self._live is None: return []
+        n_pass, batch = self._live
+        return [i for _, i in next(self.batch_sampler._batches(n_pass, batch-1))]
 
     def load_state_dict(self, state): # of `state_dict`
         "Go on from there: the next run through it gives the rest of that pass, batch for batch, and those after it whole passes."

@@ -14,7 +14,7 @@ import torch
 from torch import nn, optim
 from torch.nn import functional as F
 
-from .callbacks import (Callback, CancelBatchException, CancelEpochException, CancelTrainException, TrainEvalCallback,
+from .callbacks import (Callback, CancelBatchException, CancelEpochException, CancelStepException, CancelTrainException, TrainEvalCallback,
                               check_event, events, print_row)
 from .core import listify
 
@@ -50,12 +50,6 @@ def _in_order(cbs): return sorted(cbs, key=lambda cb: cb._order)
 def _resolve(cbs): # event -> the callbacks that answer it, in order
     return {e: [cb for cb in _in_order(cbs) if cb.answers(e)] for e in events}
 
-def _tell(cb, event):
-    try: getattr(cb, event)()
-    except BaseException as e:
-        e.add_note(f'raised by {type(cb).__name__} in {event}')
-        raise
-
 # %% ../nbs/04b_runner.ipynb #04b_runner-022
 class CallbackHost:
     "Keeps callbacks and tells them of events."
@@ -79,7 +73,13 @@ class CallbackHost:
         "Tell every callback that answers `event`, in `_order`. What they return is ignored."
         answers = self._answers or _resolve(self.cbs)
         if event not in answers: check_event(event)
-        for cb in answers[event]: _tell(cb, event)
+        for cb in answers[event]: self.tell(cb, event)
+
+    def tell(self, cb, event:str): # a callback that answers the event
+        try: getattr(cb, event)()
+        except BaseException as e:
+            e.add_note(f'raised by {type(cb).__name__} in {event}')
+            raise
 
 # %% ../nbs/04b_runner.ipynb #04b_runner-025
 def _drop_grads(loop):
@@ -100,12 +100,12 @@ def _prepare_fit(loop, epochs):
 def _begin_fit(loop, begun): # `begun` collects the callbacks whose turn has come
     for cb in _in_order(loop.cbs):
         begun.append(cb)
-        if cb.answers('begin_fit'): _tell(cb, 'begin_fit')
+        if cb.answers('begin_fit'): loop.tell(cb, 'begin_fit')
 
 def _end_fit(loop, begun): # whatever happened: tell `begun` that the fit is over, and return the errors that this raises
     errors = []
     for cb in begun:
-        try: cb.answers('after_fit') and _tell(cb, 'after_fit')
+        try: cb.answers('after_fit') and loop.tell(cb, 'after_fit')
         except BaseException as e: errors.append(e)
     _drop_grads(loop)
     loop.in_train, loop._answers, loop.xb, loop.yb, loop.pred = False, None, None, None, None
@@ -113,7 +113,7 @@ def _end_fit(loop, begun): # whatever happened: tell `begun` that the fit is ove
     return errors
 
 def _note_more(e, errors): # on the exception `e`, which nobody has caught: what else was raised
-    cancels = CancelBatchException, CancelEpochException, CancelTrainException
+    cancels = CancelStepException, CancelBatchException, CancelEpochException, CancelTrainException
     if isinstance(e, cancels): e.add_note('there was nothing left for it to cancel there')
     for o in errors: e.add_note(f'then {o!r}, {", ".join(o.__notes__)}')
     return e
@@ -122,6 +122,7 @@ def _note_more(e, errors): # on the exception `e`, which nobody has caught: what
 class TrainLoop(CallbackHost):
     "Each step of training on the left, the event that callbacks may answer on the right. A subclass has `model opt loss_func data`."
     learn = epoch = epochs = iter = iters = n_iter = n_epochs = xb = yb = pred = loss = dl = None
+    loss_weight = None # a number in a tensor: what the gradients of this batch are multiplied by; None: 1
     in_train = False
 
     def __init__(self, cbs=None, cb_funcs=None): # as for `CallbackHost`; a TrainEvalCallback comes by itself
@@ -133,14 +134,17 @@ class TrainLoop(CallbackHost):
         self.pred = self.model(self.xb);                     self('after_pred')
         self.loss = self.loss_func(self.pred, self.yb);      self('after_loss')
         if not self.in_train: return
-        self.loss.backward();                                self('after_backward')
-        self.opt.step();                                     self('after_step')
+        self.loss.backward(self.loss_weight);                self('after_backward')
+        self.opt_step();                                     self('after_step')
         self.opt.zero_grad()
 
+    def opt_step(self): self.opt.step() # a callback may put another one in its place, for a fit
+
     def one_batch(self, i:int, xb, yb): # its place in the loader, inputs, targets
-        self.iter, self.xb, self.yb, self.pred, self.loss = i, xb, yb, None, None
+        self.iter, self.xb, self.yb, self.pred, self.loss, self.loss_weight = i, xb, yb, None, None, None
         try:
             try: self.steps()
+            except CancelStepException: pass
             except CancelBatchException: _drop_grads(self);  self('after_cancel_batch')
         except (CancelEpochException, CancelTrainException):
             _drop_grads(self);                               self('after_batch')

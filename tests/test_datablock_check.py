@@ -237,3 +237,13 @@ def test_a_state_of_other_data_is_refused(folder):
         with pytest.raises(ValueError, match='this loader has 4 batches a pass'): dl.load_state_dict(dict(seed=3, n_pass=0, batch=0) | bad)
     with pytest.raises(KeyError): dl.load_state_dict({})
     assert dl.state_dict() == dict(seed=3, n_pass=0, batch=0)
+
+@pytest.mark.parametrize('kw', [{}, dict(num_workers=2)], ids=str)
+def test_a_loader_knows_which_samples_its_last_batch_has(folder, kw):
+    dl = labeled(folder).to_databunch(bs=5, seed=3, **kw).train_dl
+    assert dl.live_idxs == []
+    for _ in range(2):
+        for x, y in dl:
+            assert len(dl.live_idxs) == len(y)
+            same(x, torch.stack(dl.dataset.ds.x[dl.live_idxs]))
+    assert dl.live_idxs == []

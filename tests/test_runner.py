@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from dl2lib.callbacks import (AvgStatsCallback, BatchTransformXCallback, Callback, CancelBatchException, CancelEpochException,
-                              CancelTrainException, CudaCallback, ParamScheduler, Recorder, TrainEvalCallback, accuracy, events)
+                              CancelStepException, CancelTrainException, CudaCallback, ParamScheduler, Recorder, TrainEvalCallback, accuracy, events)
 from dl2lib.runner import Runner, TrainBundle, TrainLoop, get_batch, get_runner
 from dl2lib.schedules import combine_scheds, cos_1cycle_anneal, sched_lin
 
@@ -132,6 +132,57 @@ def test_events_are_resolved_once_per_fit():
 
 
 # --- cancelling ------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('event, expected', [('g', 'F E bplg n bplgsn V bpln e f'), ('l', 'F E bpl n bplgsn V bpln e f'), ('b', 'F E b n bplgsn V bpln e f'),
+                                             ('s', 'F E bplgs n bplgsn V bpln e f')])
+def test_a_step_that_is_cancelled_ends_its_batch(event, expected):
+    log, learn = Log(), bundle()
+    run = Runner(cbs=[log, Raiser({v: k for k, v in LETTER.items()}[event], CancelStepException())])
+    run.fit(1, learn)
+    assert log.log == packed(expected)
+    check_clean(learn, run)
+
+def test_a_cancelled_step_keeps_its_gradients_for_the_next_batch():
+    def linear():
+        torch.manual_seed(1)
+        model = nn.Linear(3, 2)
+        return TrainBundle(model, torch.optim.SGD(model.parameters(), lr=0.1), F.cross_entropy, SimpleNamespace(train_dl=batches(2), valid_dl=None))
+    learn, ref = linear(), linear()
+    Runner(cbs=Raiser('after_backward', CancelStepException())).fit(1, learn)
+    for x, y in ref.data.train_dl: F.cross_entropy(ref.model(x), y).backward()
+    ref.opt.step()
+    torch.testing.assert_close(learn.model.weight, ref.model.weight)
+
+def test_loss_weight_multiplies_the_gradients_of_one_batch():
+    grads = []
+    class Heavy(Callback):
+        def after_loss(self):
+            if self.in_train and self.iter == 0: self.run.loss_weight = torch.tensor(3.)
+        def after_backward(self): grads.append((self.loss_weight, self.model.a.weight.grad.clone()))
+    for cbs in [], [Heavy()]:
+        learn = bundle(valid=False)
+        learn.opt = torch.optim.SGD(learn.model.parameters(), lr=0.)
+        class Keep(Callback):
+            def after_backward(self): grads.append((None, self.model.a.weight.grad.clone()))
+        torch.manual_seed(5)
+        Runner(cbs=cbs or [Keep()]).fit(1, learn)
+    (_, a0), (_, a1), (w0, b0), (w1, b1) = grads
+    assert w0 == 3 and w1 is None
+    torch.testing.assert_close(b0, 3*a0); torch.testing.assert_close(b1, a1)
+
+def test_another_step_may_stand_in_the_optimizers_place():
+    steps = []
+    class Other(Callback):
+        def begin_fit(self): self.run.opt_step = lambda: steps.append(self.iter)
+        def after_fit(self): del self.run.opt_step
+    learn = bundle(n_train=3)
+    before = learn.model.a.weight.detach().clone()
+    run = Runner(cbs=Other())
+    run.fit(1, learn)
+    assert steps == [0, 1, 2] and torch.equal(learn.model.a.weight, before)
+    Runner().fit(1, learn)
+    assert not torch.equal(learn.model.a.weight, before)
+
 
 BATCH = dict( # CancelBatchException raised in training at ...; a trailing ! says that it comes out of the fit
     F='F f !', E='F E f !',
