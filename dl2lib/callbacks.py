@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['events', 'check_event', 'CancelStepException', 'CancelBatchException', 'CancelEpochException', 'CancelTrainException',
            'Callback', 'TrainEvalCallback', 'accuracy', 'AvgStats', 'format_time', 'print_row', 'AvgStatsCallback',
-           'Recorder', 'ParamScheduler', 'LR_Find', 'CudaCallback', 'BatchTransformXCallback', 'ChannelsLastCallback']
+           'Recorder', 'ParamScheduler', 'preserve_order', 'preserve_training', 'LR_Find', 'CudaCallback',
+           'BatchTransformXCallback', 'ChannelsLastCallback']
 
 # %% ../nbs/04_callbacks.ipynb #04_callbacks-002
 import copy, difflib, math, time
@@ -271,17 +272,25 @@ def _generators(dl): # of a loader: its own, and its samplers'
 
 
 @contextmanager
-def _preserve_training(model, opt, dl): # afterwards all is as it was: weights, buffers, optimizer, data order, random state
+def preserve_order(dl): # a loader; of one that is not ours, its torch generators are what is kept
+    "Within it, read from a loader as you like: afterwards its next run is the one that it would have been."
+    state, gens = dl.state_dict() if hasattr(dl, 'state_dict') else None, [(g, g.get_state()) for g in _generators(dl)]
+    try: yield
+    finally:
+        if state is not None and dl.state_dict() != state: dl.load_state_dict(state)
+        for g, s in gens: g.set_state(s)
+
+
+@contextmanager
+def preserve_training(model, opt, dl): # module, optimizer, training loader
+    "Within it, train as you like: afterwards weights, buffers, optimizer, random state and data order are as they were."
     tensors, opt_state = {n: t.detach().clone() for n, t in _tensors(model)}, copy.deepcopy(opt.state_dict())
-    n_pass, gens = getattr(dl, 'n_pass', None), [(g, g.get_state()) for g in _generators(dl)]
-    with preserve_rng():
+    with preserve_rng(), preserve_order(dl):
         try: yield
         finally:
             with torch.no_grad():
                 for n, t in _tensors(model): t.copy_(tensors[n])
             opt.load_state_dict(opt_state); opt.zero_grad()
-            if n_pass is not None: dl.n_pass = n_pass
-            for g, state in gens: g.set_state(state)
 
 # %% ../nbs/04_callbacks.ipynb #04_callbacks-078
 class LR_Find(Callback):
@@ -295,7 +304,7 @@ class LR_Find(Callback):
 
     def begin_fit(self):
         self.best, self.kept = math.inf, ExitStack()
-        self.kept.enter_context(_preserve_training(self.model, self.opt, self.data.train_dl))
+        self.kept.enter_context(preserve_training(self.model, self.opt, self.data.train_dl))
 
     def begin_batch(self):
         if not self.in_train: return
@@ -319,7 +328,7 @@ class CudaCallback(Callback):
 
     def begin_fit(self):
         before = {p.device for p in self.model.parameters()}
-        to_device(self.model, self.device)
+        to_device([self.model, self.loss_func], self.device) # a loss may have weights of its own
         if before != {p.device for p in self.model.parameters()} and getattr(self.opt, 'state', None):
             self.opt.load_state_dict(self.opt.state_dict()) # what the optimizer remembers follows the weights
 

@@ -20,7 +20,6 @@ from collections.abc import MutableSequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path, PurePath
 
 import numpy as np

@@ -64,6 +64,8 @@ class CallbackHost:
         "Take in callbacks; each is reachable by its name, as `recorder`; a second one of a name as `recorder_2`."
         for cb in listify(cbs):
             _check_callback(cb)
+            if isinstance(cb, TrainEvalCallback) and any(isinstance(o, TrainEvalCallback) for o in self.cbs):
+                raise ValueError('there is a TrainEvalCallback already, and a second one would count every batch twice')
             if any(cb is o for o in self.cbs): raise ValueError(f'the same {type(cb).__name__} is given twice')
             setattr(self, _free_name(self, cb), cb)
             cb.set_runner(self)
@@ -88,14 +90,6 @@ def _drop_grads(loop):
 def _let_go(batches, dl): # an iterator's worker processes end now, not when the last traceback that knows it is dropped
     if hasattr(batches, 'close'): batches.close()
     if hasattr(batches, '_shutdown_workers') and not getattr(dl, 'persistent_workers', False): batches._shutdown_workers()
-
-def _prepare_fit(loop, epochs):
-    if isinstance(epochs, bool) or not isinstance(epochs, Integral) or epochs < 0:
-        raise ValueError(f'epochs={epochs!r} must be a whole number, 0 or more')
-    if loop._answers is not None: raise RuntimeError(f'{type(loop).__name__} is in the middle of a fit: it cannot begin another')
-    if not len(loop.data.train_dl): raise ValueError('there is nothing to train on: data.train_dl has no batch')
-    for cb in loop.cbs: cb.set_runner(loop) # another loop may have had it in the meantime
-    loop.epochs, loop._answers = epochs, _resolve(loop.cbs)
 
 def _begin_fit(loop, begun): # `begun` collects the callbacks whose turn has come
     for cb in _in_order(loop.cbs):
@@ -173,10 +167,17 @@ class TrainLoop(CallbackHost):
         except CancelTrainException:
             self._answers = _resolve(begun);                 self('after_cancel_train')
 
+    def check_fit(self, epochs): # refuses what cannot be fitted, before anybody is told of it
+        if isinstance(epochs, bool) or not isinstance(epochs, Integral) or epochs < 0:
+            raise ValueError(f'epochs={epochs!r} must be a whole number, 0 or more')
+        if self._answers is not None: raise RuntimeError(f'{type(self).__name__} is in the middle of a fit: it cannot begin another')
+        if not len(self.data.train_dl): raise ValueError('there is nothing to train on: data.train_dl has no batch')
+
     def run_epochs(self, epochs:int): # whole, not negative
         "A fit. `after_fit` comes whatever happens, for each callback whose turn at `begin_fit` had come."
-        _prepare_fit(self, epochs)
-        begun = []
+        self.check_fit(epochs)
+        for cb in self.cbs: cb.set_runner(self) # another loop may have had it in the meantime
+        self.epochs, self._answers, begun = epochs, _resolve(self.cbs), []
         try: self.all_epochs(begun)
         except BaseException as e:
             _note_more(e, _end_fit(self, begun))

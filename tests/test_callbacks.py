@@ -362,6 +362,8 @@ def test_lr_find_puts_back_the_pass_of_a_loader_that_counts_them():
     class Counting(list):
         n_pass = 3
         def __iter__(self): self.n_pass += 1; return super().__iter__()
+        def state_dict(self): return dict(n_pass=self.n_pass)
+        def load_state_dict(self, state): self.n_pass = state['n_pass']
     dl = Counting(batches(4))
     fit(LR_Find(max_iter=10, max_lr=1e-3), epochs=3, train_dl=dl)
     assert dl.n_pass == 3
