@@ -574,6 +574,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'dl2lib.runner._free_name': ('runner.html#_free_name', 'dl2lib/runner.py'),
                                'dl2lib.runner._in_order': ('runner.html#_in_order', 'dl2lib/runner.py'),
                                'dl2lib.runner._let_go': ('runner.html#_let_go', 'dl2lib/runner.py'),
+                               'dl2lib.runner._note_batch': ('runner.html#_note_batch', 'dl2lib/runner.py'),
                                'dl2lib.runner._note_more': ('runner.html#_note_more', 'dl2lib/runner.py'),
                                'dl2lib.runner._of_bundle': ('runner.html#_of_bundle', 'dl2lib/runner.py'),
                                'dl2lib.runner._resolve': ('runner.html#_resolve', 'dl2lib/runner.py'),

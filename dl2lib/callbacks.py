@@ -295,7 +295,7 @@ def preserve_training(model, opt, dl): # module, optimizer, training loader
 # %% ../nbs/04_callbacks.ipynb #04_callbacks-078
 class LR_Find(Callback):
     "Trains with rates that grow by equal factors until the loss explodes, for `Recorder.plot`; then all is as before (arXiv 1506.01186)."
-    _order = 1
+    _order, name = 1, 'lr_finder' # not `lr_find`: that is what a Learner does
     def __init__(self, max_iter:int=100, # batches at most; the fit must have as many epochs as they take
                  min_lr=1e-6,            # of the first batch
                  max_lr=10.):            # of batch `max_iter`

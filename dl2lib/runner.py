@@ -106,6 +106,12 @@ def _end_fit(loop, begun): # whatever happened: tell `begun` that the fit is ove
     if isinstance(loop.loss, torch.Tensor): loop.loss = loop.loss.detach()
     return errors
 
+def _note_batch(loop, e): # on an exception of model, loss or optimizer (a callback's has a note): where it was, and with what
+    def text(o): return f'{"x".join(map(str, o.shape)) or "one number"} {str(o.dtype)[6:]}' if isinstance(o, torch.Tensor) else type(o).__name__
+    if hasattr(e, '__notes__'): return
+    parts = [f'{k} {text(v)}' for k, v in (('xb', loop.xb), ('yb', loop.yb), ('pred', loop.pred)) if v is not None]
+    e.add_note(f'in {"training" if loop.in_train else "validation"}, epoch {loop.epoch}, batch {loop.iter}: {", ".join(parts)}')
+
 def _note_more(e, errors): # on the exception `e`, which nobody has caught: what else was raised
     cancels = CancelStepException, CancelBatchException, CancelEpochException, CancelTrainException
     if isinstance(e, cancels): e.add_note('there was nothing left for it to cancel there')
@@ -142,6 +148,9 @@ class TrainLoop(CallbackHost):
             except CancelBatchException: _drop_grads(self);  self('after_cancel_batch')
         except (CancelEpochException, CancelTrainException):
             _drop_grads(self);                               self('after_batch')
+            raise
+        except Exception as e:
+            _note_batch(self, e)
             raise
         self('after_batch')
 

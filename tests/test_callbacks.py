@@ -83,7 +83,7 @@ def test_a_property_that_fails_tells_its_own_error():
     run.xb = torch.zeros(1)
     with pytest.raises(AttributeError, match="'Tensor' object has no attribute 'no_such_thing'"): run.has.broken
 
-@pytest.mark.parametrize('cls, name', [(Recorder, 'recorder'), (TrainEvalCallback, 'train_eval'), (LR_Find, 'lr_find'), (Callback, 'callback'),
+@pytest.mark.parametrize('cls, name', [(Recorder, 'recorder'), (TrainEvalCallback, 'train_eval'), (LR_Find, 'lr_finder'), (Callback, 'callback'),
                                        (BatchTransformXCallback, 'batch_transform_x'), (AvgStatsCallback, 'avg_stats')])
 def test_names(cls, name): assert cls.__new__(cls).name == name
 
