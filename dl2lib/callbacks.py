@@ -166,11 +166,15 @@ class AvgStatsCallback(Callback):
         names = ['loss', *map(_metric_name, self.train_stats.metrics)]
         return ['epoch', *(f'{part}_{n}' for part in ('train', 'valid') for n in names), 'time']
 
-    def begin_fit(self): self.logger(self.columns)
+    def begin_fit(self):
+        self._begin() # an epoch may be cancelled before its beginning has come to this callback
+        self.logger(self.columns)
 
-    def begin_epoch(self):
+    def _begin(self):
         self.train_stats.reset(); self.valid_stats.reset()
         self.start_time = time.time()
+
+    def begin_epoch(self): self._begin()
 
     def after_loss(self): (self.train_stats if self.run.in_train else self.valid_stats).accumulate(self.run)
 

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import MutableSequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -753,14 +753,15 @@ class Dataset:
     def __getitem__(self, i): return self.x[i], self.y[i]
 
 # %% ../nbs/08_datablock.ipynb #08_datablock-142
-def _mix(*ks)->int: # whole numbers -> one of 64 bits (the finalizer of splitmix64, once a number)
-    h = 0
-    for k in ks:
-        h = (h + k + 0x9E3779B97F4A7C15) % 2**64
-        h = (h ^ h >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-        h = (h ^ h >> 27) * 0x94D049BB133111EB % 2**64
-        h ^= h >> 31
-    return h
+def _stir(h, k)->int: # a number into 64 bits (the finalizer of splitmix64)
+    h = (h + k + 0x9E3779B97F4A7C15) % 2**64
+    h = (h ^ h >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    h = (h ^ h >> 27) * 0x94D049BB133111EB % 2**64
+    return h ^ h >> 31
+
+
+def _mix(*ks)->int: # whole numbers -> one of 64 bits
+    return reduce(_stir, ks, 0)
 
 # %% ../nbs/08_datablock.ipynb #08_datablock-145
 class Samples(list):
@@ -784,10 +785,10 @@ class SeededDataset(torch.utils.data.Dataset):
     def __getitem__(self, i): return self.ds[i]
 
     def __getitems__(self, keys)->Samples: # pairs (pass, index)
-        with preserve_rng(cuda=False): return Samples([self._seeded(*k) for k in keys], self.ds, [i for _, i in keys])
+        begun = {n_pass: _mix(self.seed, n_pass) for n_pass, _ in keys}
+        with preserve_rng(cuda=False): return Samples([self._seeded(_stir(begun[n_pass], i), i) for n_pass, i in keys], self.ds, [i for _, i in keys])
 
-    def _seeded(self, n_pass, i):
-        seed = _mix(self.seed, n_pass, i)
+    def _seeded(self, seed, i):
         random.seed(seed); np.random.seed(seed % 2**32); torch.default_generator.manual_seed(seed)
         return self.ds[i]
 
