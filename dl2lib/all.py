@@ -10,4 +10,5 @@ from dl2lib.hooks import *
 from dl2lib.convnet import *
 from dl2lib.lsuv import *
 from dl2lib.datablock import *
+from dl2lib.datacache import *
 from dl2lib.train import *

@@ -10,7 +10,7 @@ import torch
 from test_datablock import Jitter, assert_same_batches, folder, labeled, rng_states, same, save # noqa: F401 (a fixture)
 
 from dl2lib.datablock import (CategoryProcessor, CheckError, Dataset, ImageFileError, ImageList, ItemList, LabeledData, MultiCategoryProcessor, Paths,
-                              ResizeFixed, SplitData, collate, explain, get_dls, grandparent_splitter, label_by_func, make_rgb, open_image,
+                              ResizeFixed, SeededDataset, SplitData, collate, explain, get_dls, grandparent_splitter, label_by_func, make_rgb, open_image,
                               parent_labeler, to_byte_tensor)
 
 TFMS = [make_rgb, ResizeFixed(8), to_byte_tensor]
@@ -247,3 +247,26 @@ def test_a_loader_knows_which_samples_its_last_batch_has(folder, kw):
             assert len(dl.live_idxs) == len(y)
             same(x, torch.stack(dl.dataset.ds.x[dl.live_idxs]))
     assert dl.live_idxs == []
+
+
+class Wobble(ResizeFixed): # inherits `random = False`, and draws all the same
+    def __call__(self, item): return super().__call__(item).rotate(random.uniform(-90, 90))
+
+def wobbling_decoder(fn): return open_image(fn).rotate(random.uniform(-90, 90))
+
+@pytest.mark.parametrize('kw', [dict(tfms=[make_rgb, Wobble(8), to_byte_tensor]), dict(tfms=TFMS, decoder=wobbling_decoder)], ids=['transform', 'decoder'])
+def test_what_does_not_say_of_itself_that_it_is_still_is_seeded(folder, kw):
+    sd = SplitData.split_by_func(ImageList.from_files(folder, **kw), by_folder)
+    data = label_by_func(sd, parent_labeler, proc_y=CategoryProcessor())
+    assert_same_batches(rest(data.to_databunch(5, seed=3).train_dl, 2), rest(data.to_databunch(5, seed=3, num_workers=2).train_dl, 2))
+    a, b = (SeededDataset(data.train, 1).__getitems__([(p, 0)])[0][0] for p in (0, 1))
+    assert not torch.equal(a, b)
+
+def test_where_every_step_says_that_it_is_still_nothing_is_seeded(folder, monkeypatch):
+    data, seeded = labeled(folder), []
+    monkeypatch.setattr(SeededDataset, '_seeded', lambda self, seed, i: seeded.append(i) or self.ds[i])
+    list(data.to_databunch(5, seed=3).train_dl)
+    assert not seeded
+    data.train.x.tfms = [*data.train.x.tfms, Jitter()] # also when it is changed later
+    list(data.to_databunch(5, seed=3).train_dl)
+    assert len(seeded) == 16
