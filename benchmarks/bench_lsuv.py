@@ -3,12 +3,13 @@
     python benchmarks/bench_lsuv.py [ROUNDS]
 
 writes results/bench_lsuv.md. Nine rounds take about ten minutes on a CPU."""
-import statistics, sys, time
+import sys, time
+from functools import partial
 
 import torch
 from torch import nn
 
-from common import save, table
+from common import interleaved, ratios, save, spread, table
 from dl2lib.hooks import Hooks, append_stat, find_modules, is_lin_layer
 from dl2lib.lsuv import lsuv_init
 
@@ -46,25 +47,22 @@ def arms():
 
 def main(rounds=9):
     import torchvision
-    times, passes, off = {k: [] for k in arms()}, {}, {k: [] for k in arms()}
-    for r in range(int(rounds)):
-        for k, f in arms().items():
-            torch.manual_seed(r)
-            model, x = torchvision.models.resnet34(weights=None).train(), torch.randn(SHAPE)
-            with torch.no_grad(): model(x[:8]) # memory and threads are there
-            t = time.perf_counter()
-            with torch.no_grad(): passes[k] = f(model, x)
-            times[k].append(time.perf_counter()-t)
-            off[k].append(worst(model, x))
-        print(r, {k: round(v[-1], 2) for k, v in times.items()}, flush=True)
-    base = times['paper: orthonormal, |Var-1| < 0.1']
-    rows = []
-    for k, v in times.items():
-        ratios = [a/b for a, b in zip(v, base)]
-        rows.append([k.replace('|', '\\|'), f'{statistics.median(v):.2f} ({min(v):.2f} to {max(v):.2f})', f'{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})',
-                     passes[k], f'{max(off[k]):.1e}'])
+    rounds, passes, off = int(rounds), {}, {k: [] for k in arms()}
+    def timed(k, f, r): # seconds of an arm on a new network, the same for all arms of a round
+        torch.manual_seed(r)
+        model, x = torchvision.models.resnet34(weights=None).train(), torch.randn(SHAPE)
+        with torch.no_grad(): model(x[:8]) # memory and threads are there
+        start = time.perf_counter()
+        with torch.no_grad(): passes[k] = f(model, x)
+        seconds = time.perf_counter()-start
+        off[k].append(worst(model, x))
+        return seconds
+    times = interleaved({k: partial(timed, k, f) for k, f in arms().items()}, rounds, warmup=0)
+    n_layers = len(find_modules(torchvision.models.resnet34(weights=None), is_lin_layer))
+    paper = 'paper: orthonormal, |Var-1| < 0.1'
+    rows = [[k.replace('|', '\\|'), spread(v), spread(ratios(times, k, paper), '.3f'), passes[k], f'{max(off[k]):.1e}'] for k, v in times.items()]
     save('bench_lsuv', '# LSUV on a ResNet-34 against the paper\'s algorithm\n\n'
-         f'torchvision\'s ResNet-34 with random weights in training mode, a batch of {"x".join(map(str, SHAPE))} in float32; its {len(find_modules(model, is_lin_layer))} '
+         f'torchvision\'s ResNet-34 with random weights in training mode, a batch of {"x".join(map(str, SHAPE))} in float32; its {n_layers} '
          f'convolutions and linear layers. Median (range) of n = {rounds} interleaved rounds, a new network in each; ratios are taken within a round. '
          '`python benchmarks/bench_lsuv.py`\n\n'
          + table(['', 'seconds', 'ratio to the paper\'s', 'forward passes', 'largest \\|std-1\\| at the end'], rows)

@@ -16,7 +16,7 @@ from dl2lib.core import set_seed
 from dl2lib.datablock import Transform
 from dl2lib.datasets import shapes
 from dl2lib.schedules import combine_scheds, cos_1cycle_anneal
-from dl2lib.train import make_data, make_learn_run
+from dl2lib.train import make_data, make_learner
 
 
 class Flip(Transform):
@@ -24,18 +24,18 @@ class Flip(Transform):
     def __call__(self, im): return im.transpose(Transpose.FLIP_LEFT_RIGHT) if random() < .5 else im
 
 
-def momentum(scale, learn, run): # the recipe's rates assume none: `scale` times them
+def momentum(scale, learn): # the recipe's rates assume none: `scale` times them
     learn.opt = torch.optim.SGD(learn.model.parameters(), lr=.1*scale, momentum=.9)
-    run.param_scheduler.scheds = combine_scheds([.3, .7], cos_1cycle_anneal(.1*scale, .3*scale, .05*scale))
+    learn.param_scheduler.scheds = combine_scheds([.3, .7], cos_1cycle_anneal(.1*scale, .3*scale, .05*scale))
 
-def torch_init(learn, run): # undo `init_cnn`
+def torch_init(learn): # undo `init_cnn`
     learn.model.load_state_dict(get_cnn_model(learn.data, [64, 64, 128, 256], conv_layer).state_dict())
 
-def flips(learn, run):
+def flips(learn):
     items = learn.data.train_ds.x
     items.tfms = [Flip(), *items.tfms]
 
-def nothing(learn, run): pass
+def nothing(learn): pass
 
 
 ARMS = [('`make train`', 3, nothing), ('plain SGD', 5, nothing), ("torch's init instead of Kaiming's", 5, torch_init),
@@ -47,11 +47,11 @@ def fit(epochs, change, seed):
     "Training accuracy at the end, and validation accuracy after each epoch."
     set_seed(seed)
     data, _ = make_data(shapes(), seed=seed)
-    learn, run = make_learn_run(data)
-    change(learn, run)
+    learn = make_learner(data)
+    change(learn)
     rows = []
-    run.logger = rows.append
-    run.fit(epochs, learn)
+    learn.logger = rows.append
+    learn.fit(epochs)
     return [float(r[2]) for r in rows[1:]][-1], [float(r[4]) for r in rows[1:]]
 
 

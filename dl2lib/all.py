@@ -11,4 +11,9 @@ from dl2lib.convnet import *
 from dl2lib.lsuv import *
 from dl2lib.datablock import *
 from dl2lib.datacache import *
+from dl2lib.tensorlist import *
+from dl2lib.optimizers import *
+from dl2lib.learner import *
+from dl2lib.progress import *
+from dl2lib.practice import *
 from dl2lib.train import *
