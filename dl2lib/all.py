@@ -13,6 +13,7 @@ from dl2lib.datablock import *
 from dl2lib.datacache import *
 from dl2lib.tensorlist import *
 from dl2lib.optimizers import *
+from dl2lib.zoo import *
 from dl2lib.learner import *
 from dl2lib.progress import *
 from dl2lib.practice import *
