@@ -31,7 +31,7 @@ def nbdev(command, root, *args):
     "Run an nbdev command on the repository at `root`."
     exe = shutil.which(command, path=str(Path(sys.executable).parent))
     assert exe, f'{command} is not beside {sys.executable}: run the tests from the environment that `make test` makes'
-    return sh([exe, *args], root, root)
+    return sh([exe, *args], root, root, OMP_NUM_THREADS='1') # nbdev_test has workers of its own
 
 
 def copy_repo(dest,           # folder to make
