@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .core import listify, preserve_rng
 from .datablock import (ImageList, ItemList, LabeledData, SplitData, _check_pixels, _name_culprit, _named, _printable, _says_still, _short,
-                              make_rgb, open_image, open_plain, to_byte_tensor)
+                              make_rgb, open_image, open_plain)
 from .datasets import data_dir
 
 # %% ../nbs/08a_datacache.ipynb #08a_datacache-018

@@ -121,7 +121,8 @@ class AverageGrad(Stat):
 
     def update(self, p, state, mom, **kwargs):
         state['mom_damp'] = 1-mom if self.dampening else 1.
-        state['grad_avg'].mul_(mom).add_(p.grad.data, alpha=state['mom_damp'])
+        if self.dampening: state['grad_avg'].lerp_(p.grad.data, 1-mom)
+        else: state['grad_avg'].mul_(mom).add_(p.grad.data)
         return state
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-034
@@ -200,15 +201,15 @@ def trust_ratio(p,              # parameter
 def lamb_update(p, mom, mom_damp, step, sqr_mom, sqr_damp, grad_avg, sqr_avg, eps, wd, **kwargs): # arguments as for `adam_step`
     "Adam's direction and the decay."
     debias1, debias2 = debias(mom, mom_damp, step), debias(sqr_mom, sqr_damp, step)
-    denom = sqr_avg.sqrt().mul_(debias1/math.sqrt(debias2)).add_(eps*debias1)
-    update = grad_avg/denom
+    denom = sqr_avg.sqrt().add_(eps*math.sqrt(debias2)) # of m and v; their debiasing is the factor
+    update = denom.reciprocal_().mul_(grad_avg).mul_(math.sqrt(debias2)/debias1)
     return update.add_(p.data, alpha=wd) if wd else update
 
 
 def lamb_step(p:Tensor, lr:float, max_ratio=10., **kwargs): # further arguments: as for `lamb_update`
     r"A step of Adam with decay inside, made as long as the parameter is (arXiv 1904.00962)."
     update = lamb_update(p, **kwargs)
-    p.data.sub_(update.mul_(trust_ratio(p.data, update, max_ratio)), alpha=lr)
+    p.data.addcmul_(update, trust_ratio(p.data, update, max_ratio), value=-lr)
     return p
 
 lamb_step._defaults = dict(eps=1e-6, wd=0., max_ratio=10.)
@@ -273,20 +274,25 @@ def _stand_in(p): # what steppers work on in place of `p`: of half precision a f
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-066
 def _is_tensors(o): return isinstance(o, (Tensor, TensorList))
 
+def _run_pack(parts, p, g, old, numbers, hyper)->dict: # `old`: the state's tensors; -> its numbers after the step
+    p.grad = g
+    try: new = _chain(parts, p, {**old, **numbers}, hyper)
+    finally: p.grad = g # a part may have put another in its place
+    for k, t in old.items():
+        if new[k] is not t: t.copy_(new[k])
+    last = {k: v for k, v in new.items() if not _is_tensors(v)}
+    if len(last) + len(old) != len(new): raise TypeError('a stat makes a new tensor of state in its update: make it in init_state')
+    return last
+
 def _run_list(parts, ps, states, hyper, size=None, cut=False):
-    "All tensors through a part at once; with `size`, a pack at a time."
+    "All tensors through a part at once; with `size`, a pack at a time; with `cut`, in pieces."
     if not ps: return
     keys = [k for k, v in states[0].items() if _is_tensors(v)]
     numbers = {k: v for k, v in states[0].items() if not _is_tensors(v)}
-    rows, last = zip(ps, [p.grad for p in ps], *([s[k] for s in states] for k in keys)), numbers
-    for pack in packs([tuple(o.detach() for o in r) for r in rows], size, cut) if size else [list(rows)]:
-        p, g, *ts = pack[0] if len(pack) == 1 and size else map(TensorList, zip(*pack))
-        p.grad, old = g, dict(zip(keys, ts))
-        new = _chain(parts, p, {**old, **numbers}, hyper)
-        for k, t in old.items():
-            if new[k] is not t: t.copy_(new[k])
-        last = {k: v for k, v in new.items() if not _is_tensors(v)}
-        if len(last) + len(old) != len(new): raise TypeError('a stat makes a new tensor of state in its update: make it in init_state')
+    rows, last = list(zip(ps, [p.grad for p in ps], *([s[k] for s in states] for k in keys))), numbers
+    for pack in packs(rows, size, cut) if size else [rows]:
+        p, g, *ts = pack[0] if cut and len(pack) == 1 else map(TensorList, zip(*pack))
+        last = _run_pack(parts, p, g, dict(zip(keys, ts)), numbers, hyper)
     for s in states: s.update(last)
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-068
@@ -396,7 +402,7 @@ def _fusable(optimizer):
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-077
 engines = None, 'tensor', 'list', 'fused'
-_pack_size = 1 << 18 # elements: a few such arrays still fit a processor's caches, and Python's own time is small beside the work
+_pack_size = 1 << 19 # elements: a few such arrays still fit a processor's caches, and Python's own time is small beside the work
 
 def _fits_kernel(ps)->bool: # parameters of one device and type
     p = ps[0]

@@ -56,20 +56,40 @@ class PerTensor:
 
 # %% ../nbs/08b_tensorlist.ipynb #08b_tensorlist-019
 def _on_numbers(f, *args, **kwargs):
-    if any(isinstance(o, Tensor) and o.ndim for o in (*args, *kwargs.values())): _refuse('numbers that go together with a plain tensor')
-    def get(o): return o.v if isinstance(o, PerTensor) else o
+    def get(o):
+        if isinstance(o, PerTensor): return o.v
+        if isinstance(o, Tensor) and o.ndim: _refuse('numbers that go together with a plain tensor')
+        return o
     return PerTensor(f(*map(get, args), **{k: get(v) for k, v in kwargs.items()}))
 
 def _number_op(self, name, *other): # a Python operator
     if other and isinstance(other[0], TensorList): return NotImplemented # its reflected operator knows what to do
-    f = getattr(operator, f'__{name}__', None)
-    if f: return _on_numbers(f, self, *other)
-    return _on_numbers(lambda a, b: getattr(operator, f'__{name[1:]}__')(b, a), self, *other) # 'radd', ...
+    return _on_numbers(_number_ops[name], self, *other)
 
-_operators(PerTensor, 'add sub mul truediv pow radd rsub rmul rtruediv neg abs gt ge lt le and or invert'.split(), _number_op)
+def _reflected(f): return lambda a, b: f(b, a)
+
+_number_ops = {k: getattr(operator, f'__{k}__') for k in 'add sub mul truediv pow neg abs gt ge lt le and or invert'.split()}
+_number_ops.update({f'r{k}': _reflected(_number_ops[k]) for k in ('add', 'sub', 'mul', 'truediv')})
+_operators(PerTensor, _number_ops, _number_op)
 _refuse_all(PerTensor, eq='comparison (==)', ne='comparison (!=)')
 
 # %% ../nbs/08b_tensorlist.ipynb #08b_tensorlist-021
+def _flat(t:Tensor)->Tensor: # its elements in the order in which they lie in memory; `t` must lie there without gaps
+    return t.view(-1) if t.is_contiguous() else t.as_strided((t.numel(),), (1,))
+
+def _same_layout(ts): # whether all lie in memory alike, without gaps
+    a, n = ts[0].stride(), ts[0].numel()
+    if any(t.stride() != a or t.numel() != n for t in ts[1:]): return False
+    return ts[0].is_contiguous() or _dense(ts[0])
+
+def _dense(t): # whether its elements lie in memory without gaps, in whatever order
+    want = 1
+    for stride, n in sorted((s, n) for s, n in zip(t.stride(), t.shape) if n != 1):
+        if stride != want: return False
+        want *= n
+    return True
+
+# %% ../nbs/08b_tensorlist.ipynb #08b_tensorlist-024
 _scalar_names = dict(true_divide='div', divide='div', multiply='mul', subtract='sub', negative='neg', absolute='abs')
 
 @lru_cache(None)
@@ -124,7 +144,7 @@ class TensorList:
 
     def __repr__(self): return f'TensorList({len(self.ts)} tensors, {sum(t.numel() for t in self.ts):,} elements)'
 
-# %% ../nbs/08b_tensorlist.ipynb #08b_tensorlist-023
+# %% ../nbs/08b_tensorlist.ipynb #08b_tensorlist-026
 def _clamped(x, lo, hi): # in place
     if lo is not None: x.clamp_min_(lo)
     if hi is not None: x.clamp_max_(hi)
@@ -140,23 +160,7 @@ _operators(TensorList, 'add sub mul truediv pow neg abs radd rsub rmul rtruediv 
 _refuse_all(TensorList, eq='comparison (==)', ne='comparison (!=)', gt='comparison (>)', ge='comparison (>=)', lt='comparison (<)',
             le='comparison (<=)')
 
-# %% ../nbs/08b_tensorlist.ipynb #08b_tensorlist-034
-def _flat(t:Tensor)->Tensor: # its elements in the order in which they lie in memory; `t` must lie there without gaps
-    return t.view(-1) if t.is_contiguous() else t.as_strided((t.numel(),), (1,))
-
-def _same_layout(ts): # whether all lie in memory alike, without gaps
-    a, n = ts[0].stride(), ts[0].numel()
-    if any(t.stride() != a or t.numel() != n for t in ts[1:]): return False
-    return ts[0].is_contiguous() or _dense(ts[0])
-
-def _dense(t): # whether its elements lie in memory without gaps, in whatever order
-    want = 1
-    for stride, n in sorted((s, n) for s, n in zip(t.stride(), t.shape) if n != 1):
-        if stride != want: return False
-        want *= n
-    return True
-
-# %% ../nbs/08b_tensorlist.ipynb #08b_tensorlist-037
+# %% ../nbs/08b_tensorlist.ipynb #08b_tensorlist-038
 def packs(rows,         # tuples of tensors that belong together: parameter, gradient, state
           size:int,     # elements in a pack, about
           cut:bool,     # whether a tensor may be cut in pieces

@@ -39,8 +39,8 @@ class LionGrad(Stat):
 
     def update(self, p, state, mom, sqr_mom, **kwargs):
         g, m = p.grad, state['grad_avg']
-        p.grad = m.mul(mom).add_(g, alpha=1-mom).sign_()
-        m.mul_(sqr_mom).add_(g, alpha=1-sqr_mom)
+        p.grad = m.lerp(g, 1-mom).sign_()
+        m.lerp_(g, 1-sqr_mom)
         return state
 
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-012
@@ -58,13 +58,13 @@ class MeanGrad(Stat):
     def init_state(self, p): return {'mean_grad': torch.zeros_like(p)}
 
     def update(self, p, state, sqr_mom, **kwargs):
-        state['mean_grad'].mul_(sqr_mom).add_(p.grad.data, alpha=1-sqr_mom)
+        state['mean_grad'].lerp_(p.grad.data, 1-sqr_mom)
         return state
 
 
 def centred_rms_step(p, lr, eps, sqr_avg, mean_grad, **kwargs):
     r"The same over the deviation: $\sqrt{v-c^2}$."
-    p.data.addcdiv_(p.grad.data, mean_grad.square().neg_().add_(sqr_avg).sqrt_().add_(eps), value=-lr)
+    p.data.addcdiv_(p.grad.data, sqr_avg.addcmul(mean_grad, mean_grad, value=-1).sqrt_().add_(eps), value=-lr)
     return p
 
 centred_rms_step._defaults, centred_rms_step.formula = dict(eps=1e-8), r'p \leftarrow p - \eta\,\frac{g}{\sqrt{v-c^2}+\epsilon}'
@@ -98,7 +98,7 @@ class MaxSqrAvg(Stat):
     def init_state(self, p): return {'max_sqr': torch.zeros_like(p)}
 
     def update(self, p, state, **kwargs):
-        state['max_sqr'].copy_(torch.maximum(state['max_sqr'], state['sqr_avg']))
+        state['max_sqr'].clamp_min_(state['sqr_avg'])
         return state
 
 
@@ -115,7 +115,7 @@ class MaxGrad(Stat):
     def init_state(self, p): return {'max_grad': torch.zeros_like(p)}
 
     def update(self, p, state, sqr_mom, eps, **kwargs):
-        state['max_grad'].copy_(torch.maximum(state['max_grad'].mul(sqr_mom), p.grad.data.abs().add_(eps)))
+        state['max_grad'].mul_(sqr_mom).clamp_min_(p.grad.data.abs().add_(eps))
         return state
 
 

@@ -491,7 +491,7 @@ class Fails:
 def stop(fn): raise KeyboardInterrupt
 def odd(fn): raise ZeroDivisionError('odd')
 def die(fn): os.kill(os.getpid(), signal.SIGKILL)
-def wait(fn): time.sleep(.05)
+def wait(fn): time.sleep(.3)
 
 @pytest.mark.parametrize('n', [0, 8, 15, 23])
 @pytest.mark.parametrize('how, error, text', [(stop, KeyboardInterrupt, None), (odd, ImageFileError, r'\.jpg cannot be read as an image: ZeroDivisionError: odd')])
