@@ -503,6 +503,7 @@ def test_an_interrupted_making_leaves_nothing(folder, store, n, how, error, text
 
 def test_an_interrupt_from_outside_leaves_nothing(folder, store):
     def work():
+        signal.signal(signal.SIGINT, signal.default_int_handler) # a job in a shell's background is born deaf to it
         try: cached(images(folder, decoder=Fails(0, wait)), store, threads=2)
         except KeyboardInterrupt: return 'stopped'
     f = Forked(work)
