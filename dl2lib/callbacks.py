@@ -6,16 +6,16 @@
 __all__ = ['events', 'check_event', 'CancelStepException', 'CancelBatchException', 'CancelEpochException', 'CancelTrainException',
            'Callback', 'TrainEvalCallback', 'accuracy', 'AvgStats', 'format_time', 'print_row', 'AvgStatsCallback',
            'Recorder', 'ParamScheduler', 'preserve_order', 'preserve_training', 'LR_Find', 'CudaCallback',
-           'BatchTransformXCallback', 'ChannelsLastCallback']
+           'batch_draws', 'BatchTransformXCallback', 'ChannelsLastCallback']
 
 # %% ../nbs/04_callbacks.ipynb #04_callbacks-002
 import copy, difflib, math, time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
-from .core import camel2snake, compose, default_device, listify, preserve_rng, to_device
+from .core import camel2snake, compose, default_device, draws_nothing, listify, preserve_rng, seed_cpu, to_device
 from .schedules import sched_exp
 
 # %% ../nbs/04_callbacks.ipynb #04_callbacks-021
@@ -341,15 +341,32 @@ class CudaCallback(Callback):
         run.xb, run.yb = to_device((run.xb, run.yb), self.device)
 
 # %% ../nbs/04_callbacks.ipynb #04_callbacks-088
+@contextmanager
+def batch_draws(cb): # a callback, of whom each has draws of its own
+    """Within it, what the CPU's generators give depends on (seed, pass, batch) alone, by the `batch_seed` of the loader that is run through;
+    afterwards they stand where they stood. A loader without `batch_seed` leaves them as they are."""
+    seed = getattr(cb.run.dl, 'batch_seed', None)
+    if seed is None: yield; return
+    n = sum(type(o) is type(cb) for o in cb.run.cbs[:next((i for i, o in enumerate(cb.run.cbs) if o is cb), 0)]) # how many of its kind come before it
+    with preserve_rng(cuda=False):
+        seed_cpu(seed(f'{type(cb).__name__} {n}'))
+        yield
+
+# %% ../nbs/04_callbacks.ipynb #04_callbacks-090
 class BatchTransformXCallback(Callback):
-    "Applies a function to the inputs of every batch, on their device."
+    """Applies functions to the inputs of every batch, on their device. What they draw from the CPU's generators in training depends on
+    (seed, pass, batch) alone, under a loader of `get_dls`. Outside of training, a function that has an attribute `valid` gives way to that."""
     _order = 2
     def __init__(self, tfm): # a function of a batch, or several, as for `compose`
         self.tfm = tfm
 
-    def begin_batch(self): self.run.xb = compose(self.run.xb, self.tfm)
+    def begin_batch(self):
+        tfms = listify(self.tfm)
+        if not self.run.in_train: tfms = [getattr(f, 'valid', f) for f in tfms]
+        with nullcontext() if not self.run.in_train or all(map(draws_nothing, tfms)) else batch_draws(self):
+            self.run.xb = compose(self.run.xb, tfms)
 
-# %% ../nbs/04_callbacks.ipynb #04_callbacks-091
+# %% ../nbs/04_callbacks.ipynb #04_callbacks-095
 class ChannelsLastCallback(Callback):
     "Keeps images and convolutions as NHWC in memory, which convolutions are quicker on; afterwards the weights lie as before."
     _order = 3

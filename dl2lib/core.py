@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['test_eq', 'test_near', 'listify', 'setify', 'uniqueify', 'compose', 'ListContainer', 'Table', 'camel2snake', 'noop',
-           'default_device', 'to_device', 'set_seed', 'preserve_rng', 'preserve_mode']
+           'default_device', 'to_device', 'set_seed', 'seed_cpu', 'preserve_rng', 'draws_nothing', 'preserve_mode']
 
 # %% ../nbs/00_core.ipynb #00_core-002
 import html, math, operator, random, re
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
 
 import numpy as np
 import torch
@@ -193,6 +194,11 @@ def set_seed(seed:int,             # for Python's `random`, NumPy and torch (eve
     random.seed(n); np.random.seed(n); torch.manual_seed(n)
     if deterministic: torch.use_deterministic_algorithms(True); torch.backends.cudnn.benchmark = False
 
+
+def seed_cpu(seed:int)->None: # 0 to 2**64-1; NumPy gets the lower 32 bits
+    "Seed the CPU's generators alone, in microseconds: for what is seeded again and again, as each sample of a loader."
+    random.seed(seed); np.random.seed(seed % 2**32); torch.default_generator.manual_seed(seed)
+
 # %% ../nbs/00_core.ipynb #00_core-085
 def _device_rng():
     "A function that puts the generators of the devices back where they stand now."
@@ -215,7 +221,14 @@ def preserve_rng(cuda=True): # the generators of CUDA and MPS devices too; CUDA 
         on_device() # before the CPU's: it asks whether that was seeded meanwhile
         random.setstate(states[0]); np.random.set_state(states[1]); torch.set_rng_state(states[2])
 
-# %% ../nbs/00_core.ipynb #00_core-095
+# %% ../nbs/00_core.ipynb #00_core-093
+def draws_nothing(f # a function, a `partial` of one, or an object that is called
+                 )->bool:
+    "Whether `f`, or its own class, says `random = False`: it draws no random numbers, and needs no seeding."
+    f = f.func if isinstance(f, partial) else f
+    return getattr(f, '__dict__', {}).get('random', vars(type(f)).get('random')) is False
+
+# %% ../nbs/00_core.ipynb #00_core-098
 @contextmanager
 def preserve_mode(model:nn.Module): # its modules may be in different modes
     "Within it, switch `model` between training and evaluation as you like: afterwards each of its modules is as it was."

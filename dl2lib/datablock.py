@@ -13,7 +13,7 @@ __all__ = ['image_extensions', 'norm_imagenette', 'show_image', 'Paths', 'get_fi
            'CheckError', 'check', 'ByteToFloat', 'normalize_chan', 'Normalizer', 'normalize_to']
 
 # %% ../nbs/08_datablock.ipynb #08_datablock-002
-import copy, csv, hashlib, heapq, math, operator, os, random, re, signal, stat, sys, time, warnings
+import copy, csv, hashlib, heapq, math, operator, os, re, signal, stat, sys, time, warnings, zlib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import MutableSequence, Set
@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler, default_collate
 
-from .core import ListContainer, Table, compose, listify, noop, preserve_rng, setify, uniqueify
+from .core import ListContainer, Table, compose, draws_nothing, listify, noop, preserve_rng, seed_cpu, setify, uniqueify
 
 # %% ../nbs/08_datablock.ipynb #08_datablock-010
 if not hasattr(Path, 'ls'): Path.ls = lambda self: sorted(self.iterdir())
@@ -788,16 +788,11 @@ class Samples(list):
         self.ds, self.idxs = ds, idxs
 
 
-def _says_still(f): # whether a function, or a transform or its own class, says that it draws no random numbers; a subclass has to say it anew
-    f = f.func if isinstance(f, partial) else f
-    return getattr(f, '__dict__', {}).get('random', vars(type(f)).get('random')) is False
-
-
 def _may_draw(ds): # whether making an item may draw random numbers: all but labelled data whose every step says that it does not
     if type(ds) is not LabeledData: return True
     for il in ds.x, ds.y:
         get = il.decoder if type(il).get is ImageList.get else type(il).get
-        if type(il).__getitem__ is not ItemList.__getitem__ or not all(map(_says_still, [get, *listify(il.tfms)])): return True
+        if type(il).__getitem__ is not ItemList.__getitem__ or not all(map(draws_nothing, [get, *listify(il.tfms)])): return True
     return False
 
 
@@ -817,7 +812,7 @@ class SeededDataset(torch.utils.data.Dataset):
         with preserve_rng(cuda=False): return Samples([self._seeded(_stir(begun[n_pass], i), i) for n_pass, i in keys], self.ds, [i for _, i in keys])
 
     def _seeded(self, seed, i):
-        random.seed(seed); np.random.seed(seed % 2**32); torch.default_generator.manual_seed(seed)
+        seed_cpu(seed)
         return self.ds[i]
 
 
@@ -898,6 +893,11 @@ class SeededDataLoader(DataLoader):
         n_pass, batch = self._live
         return [i for _, i in next(self.batch_sampler._batches(n_pass, batch-1))]
 
+    def batch_seed(self, who:str='')->int: # whose draws: each callback's are its own
+        "64 bits that belong to (seed, pass, place in the pass) of the batch given last: for what is drawn for a whole batch."
+        n_pass, batch = self._live or (self.n_pass, self.batch_sampler.start + 1)
+        return _mix(self.dataset.seed, n_pass, batch - 1, zlib.crc32(who.encode()))
+
     def load_state_dict(self, state): # of `state_dict`
         "Go on from there: the next run through it gives the rest of that pass, batch for batch, and those after it whole passes."
         n_pass, batch, seed = (operator.index(state[k]) for k in ('n_pass', 'batch', 'seed'))
@@ -946,7 +946,7 @@ def get_dls(train_ds,        # dataset
     train_dl = SeededDataLoader(train_ds, bs, seed, shuffle=True, drop_last=drop_last, **kwargs)
     return train_dl, None if valid_ds is None else SeededDataLoader(valid_ds, bs*2, seed, **kwargs)
 
-# %% ../nbs/08_datablock.ipynb #08_datablock-160
+# %% ../nbs/08_datablock.ipynb #08_datablock-162
 def _dataset(dl): return None if dl is None else dl.dataset.ds if isinstance(dl.dataset, SeededDataset) else dl.dataset
 
 
@@ -992,7 +992,7 @@ def databunchify(sd:SplitData, # of labelled data
 
 SplitData.to_databunch = databunchify
 
-# %% ../nbs/08_datablock.ipynb #08_datablock-164
+# %% ../nbs/08_datablock.ipynb #08_datablock-166
 def show_batch(x,            # a `DataBunch`, or images as for `show_image`
                labels=None,  # a title for each; a DataBunch brings its own
                c=4,          # columns
@@ -1012,7 +1012,7 @@ def show_batch(x,            # a `DataBunch`, or images as for `show_image`
     for i, (ax, im) in enumerate(zip(axs.flat, x)): show_image(im, ax, title=None if labels is None else labels[i])
     plt.tight_layout()
 
-# %% ../nbs/08_datablock.ipynb #08_datablock-167
+# %% ../nbs/08_datablock.ipynb #08_datablock-169
 def _range(a): # of an array, in words
     if a.size == 0 or a.dtype.kind not in 'biuf': return ''
     return f'{a.min():.4g}' if a.size == 1 else f'{a.min():.4g} to {a.max():.4g}, mean {a.mean():.4g}'
@@ -1044,7 +1044,7 @@ def _stages(il, procs): # from what stood before the processors to a sample
     get = [] if type(il).get is ItemList.get else [('get', il.get)]
     return [(type(p).__name__, p.proc1) for p in ordered(procs)] + get + [(_named(f), f) for f in ordered(il.tfms)]
 
-# %% ../nbs/08_datablock.ipynb #08_datablock-168
+# %% ../nbs/08_datablock.ipynb #08_datablock-170
 def explain(x,         # an item list, labelled or split data (of which the training side), or a DataBunch
             i:int=0,   # position
            )->Table:   # a row a stage
@@ -1071,7 +1071,7 @@ def explain(x,         # an item list, labelled or split data (of which the trai
 _stage_columns = ['stage', 'gives', 'shape', 'range', 'ms']
 for o in ItemList, LabeledData, SplitData, DataBunch: o.explain = explain
 
-# %% ../nbs/08_datablock.ipynb #08_datablock-174
+# %% ../nbs/08_datablock.ipynb #08_datablock-176
 @dataclass
 class CheckReport:
     "What `check` has found. Printed, it names the first few of each kind; the attributes have all."
@@ -1104,7 +1104,7 @@ class CheckReport:
         if self.gathered: lines.append(f'in the class of the others: {_some([f"{k} ({n})" for k, n in self.gathered.items()], 10)}')
         return '\n'.join(lines + [f'- {o}' for o in self.problems or ['no problems']])
 
-# %% ../nbs/08_datablock.ipynb #08_datablock-176
+# %% ../nbs/08_datablock.ipynb #08_datablock-178
 class CheckError(ValueError):
     "Data that `check` refuses; `report` is its `CheckReport`."
 
@@ -1153,7 +1153,7 @@ def _balance(sides, labels): # label -> numbers of items; label without a traini
                 if not balance[label][0]: unseen.setdefault(label, []).append(sides[1].items[i])
     return {k: balance[k] for k in _sorted_labels(set(balance))}, unseen
 
-# %% ../nbs/08_datablock.ipynb #08_datablock-177
+# %% ../nbs/08_datablock.ipynb #08_datablock-179
 def _readable(data, probes): # a side without what cannot be read
     idxs = [i for i, (_, _, why) in enumerate(probes) if why is None]
     if len(idxs) == len(data): return data
@@ -1193,9 +1193,10 @@ def check(sd:SplitData,         # split data, labelled or not
 
 SplitData.check = check
 
-# %% ../nbs/08_datablock.ipynb #08_datablock-184
+# %% ../nbs/08_datablock.ipynb #08_datablock-186
 class ByteToFloat(Transform):
     "Batch transform: bytes become floats from 0 to 1, all at once and on the batch's device. Floats pass."
+    random = False
     def __call__(self, x:Tensor)->Tensor:
         if x.is_floating_point(): return x
         if x.dtype != torch.uint8: raise TypeError(f'ByteToFloat takes bytes or floats, not {x.dtype}')
@@ -1211,9 +1212,10 @@ def normalize_chan(x:Tensor,    # images, (N, C, H, W) or (C, H, W), floats
     if x.ndim < 3 or x.shape[-3] != len(mean): raise ValueError(f'normalize_chan: {len(mean)} means for images of shape {tuple(x.shape)}')
     return (x-mean[..., None, None]) / std[..., None, None]
 
-# %% ../nbs/08_datablock.ipynb #08_datablock-187
+# %% ../nbs/08_datablock.ipynb #08_datablock-189
 class Normalizer(Transform):
     "`normalize_chan` with constants, which are kept once for each device they are used on."
+    random = False
     def __init__(self,
                  mean, # per channel, numbers
                  std): # per channel, numbers above 0
@@ -1233,7 +1235,7 @@ class Normalizer(Transform):
 
 norm_imagenette = Normalizer((0.47, 0.48, 0.45), (0.29, 0.28, 0.30))
 
-# %% ../nbs/08_datablock.ipynb #08_datablock-190
+# %% ../nbs/08_datablock.ipynb #08_datablock-192
 def normalize_to(train:Tensor, # floats
                  valid:Tensor, # floats
                 )->tuple:      # the same two, normalized

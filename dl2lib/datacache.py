@@ -20,8 +20,8 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from .core import listify, preserve_rng
-from .datablock import (ImageList, ItemList, LabeledData, SplitData, _check_pixels, _name_culprit, _named, _printable, _says_still, _short,
+from .core import draws_nothing, listify, preserve_rng
+from .datablock import (ImageList, ItemList, LabeledData, SplitData, _check_pixels, _name_culprit, _named, _printable, _short,
                               make_rgb, open_image, open_plain)
 from .datasets import data_dir
 
@@ -158,7 +158,7 @@ def _name(f): # of a transform, in words
 def _declared(f): # what a transform, or the function in a partial, says of itself: True, False, or None
     res = getattr(f, 'random', None)
     if res is None and isinstance(f, functools.partial): return _declared(f.func)
-    if res is False and not _says_still(f): return None # inherited: a subclass may draw
+    if res is False and not draws_nothing(f): return None # inherited: a subclass may draw
     return res if isinstance(res, bool) else None
 
 # %% ../nbs/08a_datacache.ipynb #08a_datacache-034

@@ -546,3 +546,89 @@ def test_on_cuda_lr_find_leaves_all_as_it_was():
     fit([CudaCallback(), LR_Find(max_iter=10, max_lr=1.)], epochs=3, learn=learn)
     for a, b in zip(before, everything(learn)): assert same(a, b)
     assert torch.equal(torch.cuda.get_rng_state(), rng)
+
+
+# --- draws of batch transforms: a function of (seed, pass, batch) -------------------------------------------------------------------------
+
+class AddDraws:
+    "Adds numbers from all three generators of the CPU; outside of training, nothing."
+    def __call__(self, x): return x + torch.rand(()) + random.random() + float(np.random.rand())
+    def valid(self, x): return x
+
+
+class Disturb(Callback):
+    "AddDraws from every generator in the middle of the batch."
+    _order = 1
+    def begin_batch(self): torch.rand(7), random.random(), np.random.rand()
+
+
+class Inputs(Callback):
+    _order = 3
+    def __init__(self): self.train, self.valid = [], []
+    def begin_batch(self): (self.train if self.run.in_train else self.valid).append(self.run.xb.clone())
+
+
+def drawn(*cbs, epochs=2, workers=0, state=None):
+    "The inputs that a Runner's model gets, training and validation, of two loaders of zeros."
+    from dl2lib.datablock import Dataset, get_dls
+    zeros = Dataset(torch.zeros(12, 2), torch.zeros(12, dtype=torch.long))
+    train_dl, valid_dl = get_dls(zeros, zeros, bs=4, seed=5, num_workers=workers)
+    if state: train_dl.load_state_dict(state)
+    model, seen = nn.Linear(2, 2), Inputs()
+    run = Runner(cbs=[*cbs, seen])
+    run.fit(epochs, TrainBundle(model, torch.optim.SGD(model.parameters(), lr=0.1), F.cross_entropy, SimpleNamespace(train_dl=train_dl, valid_dl=valid_dl)))
+    return torch.stack(seen.train), torch.cat(seen.valid)
+
+
+def test_a_batch_transform_draws_by_seed_pass_and_batch_alone():
+    torch.manual_seed(0)
+    train, valid = drawn(BatchTransformXCallback(AddDraws()))
+    assert len(train[:, 0, 0].unique()) == 6 and not valid.any()     # each batch of each pass its own; the counterpart in validation
+    for cbs, kw in (([], {}), ([Disturb()], {}), ([], dict(workers=2))):
+        torch.manual_seed(1); random.seed(1); np.random.seed(1)
+        assert torch.equal(drawn(BatchTransformXCallback(AddDraws()), *cbs, **kw)[0], train)
+    later, _ = drawn(BatchTransformXCallback(AddDraws()), epochs=1, state=dict(seed=5, n_pass=1, batch=1))
+    assert torch.equal(later, train[4:])                             # batch k is batch k, whatever was computed before it
+
+
+def test_two_callbacks_of_a_kind_draw_numbers_of_their_own():
+    one, two = drawn(BatchTransformXCallback(AddDraws()))[0], drawn(BatchTransformXCallback(AddDraws()), BatchTransformXCallback(AddDraws()))[0]
+    assert not ((two - 2*one).abs() < 1e-6).any()
+
+
+@pytest.mark.parametrize('fails', [False, True])
+def test_after_a_batch_transform_the_generators_stand_where_they_stood(fails):
+    class Fails(AddDraws):
+        def __call__(self, x):
+            super().__call__(x)
+            if fails: raise ValueError('on purpose')
+            return x
+    class Before(Disturb):
+        def begin_batch(self): super().begin_batch(); self.states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    class After(Callback):
+        _order = 9
+        def begin_batch(self): assert before.states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+        def after_fit(self): self.begin_batch() if fails else None
+    before = Before()
+    if fails:
+        with pytest.raises(ValueError, match='on purpose'): drawn(BatchTransformXCallback(Fails()), before, After(), epochs=1)
+    else: drawn(BatchTransformXCallback(Fails()), before, After(), epochs=1)
+
+
+def test_what_draws_nothing_is_not_seeded(monkeypatch):
+    monkeypatch.setattr('dl2lib.callbacks.seed_cpu', lambda seed: pytest.fail('seeded'))
+    class Still:
+        random = False
+        def __call__(self, x): return x
+    drawn(BatchTransformXCallback([Still(), Still()]))
+    with pytest.raises(pytest.fail.Exception): drawn(BatchTransformXCallback([Still(), torch.neg]))
+
+
+def test_a_loader_without_seeds_is_left_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(())
+    torch.manual_seed(3)
+    cb = BatchTransformXCallback(lambda x: torch.rand(()))
+    cb.set_runner(SimpleNamespace(dl=[], in_train=True, xb=None, cbs=[cb]))
+    cb.begin_batch()
+    assert cb.run.xb == expected
