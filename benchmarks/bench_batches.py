@@ -24,7 +24,7 @@ BS, SIZE, WARM, TURNS = 64, 128, 4, 4 # TURNS of one process in a round
 LESSON, PIL_, BYTES, FASTAI = "the lesson's way", 'dl2lib, PIL', 'dl2lib, PIL, bytes from the decoder on', "fastai's DataBlock"
 JPEG, HAND, CACHE = 'dl2lib, `jpeg_decoder`', '`decode_jpeg` and resize by hand', 'dl2lib, `cached`'
 TARGETS = [(0, LESSON, PIL_, 1.15), (0, FASTAI, PIL_, 2.), (0, LESSON, BYTES, 1.15), (0, FASTAI, BYTES, 2.), (0, HAND, JPEG, 1/1.05), (0, LESSON, CACHE, 8.),
-           (2, LESSON, PIL_, 1.4), (2, FASTAI, PIL_, 2.3), (2, LESSON, BYTES, 1.4), (2, FASTAI, BYTES, 2.3)]
+           (2, LESSON, PIL_, 1.4), (2, FASTAI, PIL_, 2.3), (2, LESSON, BYTES, 1.4), (2, FASTAI, BYTES, 2.3), (2, LESSON, JPEG, 1.4), (2, FASTAI, JPEG, 2.3)]
 
 
 # The lesson's way, without its item lists: each image becomes floats by itself, torch's DataLoader stacks them
