@@ -138,9 +138,9 @@ def _walk(tops:list, recurse:bool, left_out:list):
         for o in (os.path.join(d, n) for n in linked if n[0] != '.'): heapq.heappush(links, (o, os.path.realpath(o)))
 
 # %% ../nbs/08_datablock.ipynb #08_datablock-039
-def _warn(msg):
-    frame, level = sys._getframe(1), 2
-    while frame and frame.f_globals.get('__name__') == __name__: frame, level = frame.f_back, level+1
+def _warn(msg): # at the line outside this library that called
+    frame, level, own = sys._getframe(1), 2, (__name__.partition('.')[0], 'contextlib')
+    while frame and frame.f_globals.get('__name__', '').partition('.')[0] in own: frame, level = frame.f_back, level+1
     warnings.warn(msg, stacklevel=level)
 
 

@@ -6,7 +6,7 @@
 __all__ = ['CacheError', 'CacheFile', 'CachedList', 'cached', 'open_bytes', 'jpeg_decoder']
 
 # %% ../nbs/08a_datacache.ipynb #08a_datacache-002
-import copy, dis, enum, errno, functools, hashlib, json, mmap, os, random, re, secrets, shutil, struct, sys, sysconfig, time, types, warnings, zlib
+import copy, dis, enum, errno, functools, hashlib, json, mmap, os, random, re, secrets, shutil, struct, sys, sysconfig, time, types, zlib
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .core import draws_nothing, listify, preserve_rng
-from .datablock import (ImageList, ItemList, LabeledData, SplitData, _check_pixels, _name_culprit, _named, _printable, _short,
+from .datablock import (ImageList, ItemList, LabeledData, SplitData, _check_pixels, _name_culprit, _named, _printable, _short, _warn,
                               make_rgb, open_image, open_plain)
 from .datasets import data_dir
 
@@ -31,12 +31,6 @@ class CacheError(ValueError):
 
 
 class _DamagedError(CacheError): pass
-
-
-def _warn(msg): # at the line outside this module that called
-    frame, level = sys._getframe(1), 2
-    while frame and frame.f_globals.get('__name__') in (__name__, 'contextlib'): frame, level = frame.f_back, level+1
-    warnings.warn(msg, stacklevel=level)
 
 # %% ../nbs/08a_datacache.ipynb #08a_datacache-020
 def _pack(o)->tuple: # kind, shape and bytes of what is stored; None for what cannot be
