@@ -5,7 +5,7 @@ BIN   := .venv/bin
 STAMP := .venv/.dl2lib-installed
 JOBS  ?= 2
 
-.PHONY: help train test lab export update clean check-python
+.PHONY: help train test lab browser export update clean check-python
 help:
 	@echo "make <command>, with PYTHON=/path/to/python3.12 for another interpreter than the first 3.11 or 3.12 found"; \
 	sed -n 's/^\([a-z]*\):.*## /  \1	/p' Makefile
@@ -24,6 +24,11 @@ test: $(STAMP) ## run every notebook and every test: JOBS=2 notebooks at once, P
 
 lab: $(STAMP) ## open the notebooks in JupyterLab: LAB="options, such as --no-browser"
 	cd nbs && PATH="$(CURDIR)/$(BIN):$$PATH" ../$(BIN)/jupyter-lab $(LAB)
+
+# Needs a browser (Debian: apt-get install chromium) and the extra `browser`; takes some ten minutes, so it is no part of `make test`.
+browser: $(STAMP) ## run every notebook in JupyterLab in a real browser, screenshots in out/browser: NB="00_core 09c_progress"
+	@$(BIN)/python -c "import playwright" 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt $$(sed -n 's/^browser_requirements = //p' settings.ini)
+	@$(BIN)/python tests/browser.py $(NB)
 
 export: $(STAMP) ## notebooks -> modules: clean nbs/, then write dl2lib/
 	$(BIN)/nbdev_clean

@@ -19,7 +19,7 @@ setup(
     packages=[cfg['lib_path']],
     python_requires=f">={cfg['min_python']},<{cfg['below_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'bench')},
+    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'bench', 'browser')},
     entry_points={'console_scripts': cfg['console_scripts'].split()},
     zip_safe=False,
 )

@@ -167,7 +167,7 @@ def test_export_and_update(machine):
 
 def test_make_alone_lists_the_commands_and_does_nothing(machine):
     listed = re.findall(r'^  (\w+)\t', machine.make().stdout, re.M)
-    assert listed == ['train', 'test', 'lab', 'export', 'update', 'clean'] and not (machine.repo/'.venv').exists()
+    assert listed == ['train', 'test', 'lab', 'browser', 'export', 'update', 'clean'] and not (machine.repo/'.venv').exists()
 
 @pytest.mark.parametrize('status', [0, 2])
 def test_ci_calls_make_test_in_the_repository(tmp_path, status):
