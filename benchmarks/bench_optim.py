@@ -1,38 +1,40 @@
-"""A step of each optimizer against its references: torch's fused, foreach and default forms, timm, fastai, and the limit.
+"""A step of each optimizer against its references: torch's fused, foreach and default forms, timm, fastai, a compiled form, and the limit.
 
-    python benchmarks/bench_optim.py [ROUNDS] [SIZES] [FAMILIES]
+    python benchmarks/bench_optim.py [--case cnn resnet50 big] [--group momentum adamw lamb own zoo] [--rounds 9] [--compiled]
 
-SIZES are of cnn, resnet50, big (joined by commas); FAMILIES of momentum, adamw, lamb, own, zoo. Writes results/bench_optim.md.
-9 rounds of everything take about five minutes on two CPU cores. timm and fastai take part where they are installed."""
-import math, sys, time
-from functools import partial
+Each pair of case and group is a part that takes a minute or two on an idle machine; its lines go to results/bench_optim.jsonl, in the place of earlier ones of the
+same part, and results/bench_optim.md is written anew from all. `--compiled` adds a compiled LAMB (which takes a minute to compile). timm and fastai take part
+where they are installed. The machine should be idle: torch's threads wait for each other."""
+import argparse, gc, json, math, statistics, time
+from functools import cache, partial
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
-from common import interleaved, ratios, save, spread, table
+from common import interleaved, machine, ratios, results, table
 from dl2lib.convnet import conv_layer, get_cnn_model
 from dl2lib.optimizers import AverageGrad, AverageSqrGrad, StatefulOptimizer, StepCount, debias, weight_decay
 from dl2lib.zoo import OPTIMIZERS
 
-T, DEVICE, ROUNDS = torch.optim, 'cuda' if torch.cuda.is_available() else 'cpu', 9
-SIZES = dict(cnn="the lesson's CNN", resnet50='ResNet-50', big='40 tensors of 1M')
+T, DEVICE = torch.optim, 'cuda' if torch.cuda.is_available() else 'cpu'
+CASES = dict(cnn="the lesson's CNN", resnet50='ResNet-50', big='40 tensors of 1M')
 STEPS = dict(cnn=30, resnet50=1, big=1) if DEVICE == 'cpu' else dict(cnn=100, resnet50=20, big=20) # in a turn
+LINES = results/'bench_optim.jsonl'
 
 
-def shapes(size):
-    if size == 'big': return [(1000, 1000)]*40
-    if size == 'cnn': model = get_cnn_model(SimpleNamespace(c_in=3, c_out=10), [64, 64, 128, 256], conv_layer)
+def shapes(case):
+    if case == 'big': return [(1000, 1000)]*40
+    if case == 'cnn': model = get_cnn_model(SimpleNamespace(c_in=3, c_out=10), [64, 64, 128, 256], conv_layer)
     else:
         from torchvision.models import resnet50
         with torch.device('meta'): model = resnet50()
     return [tuple(p.shape) for p in model.parameters()]
 
 
-def params(size):
+def params(case):
     gen, ps = torch.Generator().manual_seed(0), []
-    for s in shapes(size):
+    for s in shapes(case):
         p = nn.Parameter(torch.randn(s, generator=gen).to(DEVICE))
         p.grad = (torch.randn(s, generator=gen)*.01).to(DEVICE)
         ps.append(p)
@@ -43,14 +45,14 @@ def sync():
     if DEVICE == 'cuda': torch.cuda.synchronize()
 
 
-def arm(make, size): # -> a function that times STEPS steps: seconds
-    opt = make(params(size))
+def arm(make, case): # -> a function that times STEPS steps: seconds
+    opt = make(params(case))
     def turn(_):
         sync()
         start = time.perf_counter()
-        for _ in range(STEPS[size]): opt.step()
+        for _ in range(STEPS[case]): opt.step()
         sync()
-        return (time.perf_counter()-start)/STEPS[size]
+        return (time.perf_counter()-start)/STEPS[case]
     return turn
 
 
@@ -64,74 +66,142 @@ def own_chain(ps, engine=None):
     return StatefulOptimizer(ps, [weight_decay, own_adam_step], [AverageGrad(dampening=True), AverageSqrGrad(), StepCount()], engine=engine,
                              lr=1e-3, wd=.01, sqr_mom=.999, eps=1e-8)
 
+
+# LAMB through torch.compile: the plain formula over all tensors, numbers that change as tensors, so that nothing is compiled twice
+def lamb_formula(ps, gs, ms, vs, lr, d1, d2, mom:float, sqr_mom:float, eps:float, wd:float, max_ratio:float):
+    for p, g, m, v in zip(ps, gs, ms, vs):
+        m.lerp_(g, 1-mom)
+        v.mul_(sqr_mom).addcmul_(g, g, value=1-sqr_mom)
+        u = (m/d1)/((v/d2).sqrt() + eps) + wd*p
+        a, b = p.norm(), u.norm()
+        p.sub_(u*(torch.where((a > 0) & (b > 0), a/b, 1.).clamp(max=max_ratio)*lr))
+
+class CompiledLamb:
+    def __init__(self, ps):
+        self.ps, self.gs, self.t = [p.detach() for p in ps], [p.grad for p in ps], 0
+        self.ms, self.vs = ([torch.zeros_like(p) for p in self.ps] for _ in range(2))
+        self.f = torch.compile(lamb_formula, fullgraph=True, dynamic=False)
+        self.step()
+
+    @torch.no_grad()
+    def step(self):
+        self.t += 1
+        self.f(self.ps, self.gs, self.ms, self.vs, *(torch.tensor(v, device=DEVICE) for v in (1e-3, 1-.9**self.t, 1-.999**self.t)), .9, .999, 1e-6, .01, 10.)
+
+
 def zoo(name, engine=None, **hypers): return lambda ps: OPTIMIZERS[name].make(lr=1e-3, **hypers)(ps, engine=engine)
-
-
-def peers(name): # optional ones: label -> function of parameters to an optimizer
-    res = {}
-    try:
-        from timm import optim
-        cls, more = dict(lamb=(optim.Lamb, dict(weight_decay=.01, max_grad_norm=None)), lars=(optim.Lars, dict(momentum=.9, always_adapt=True)), lion=(optim.Lion, {})).get(name, (None, None))
-        if name == 'lamb': res['timm foreach'] = partial(cls, lr=1e-3, foreach=True, **more)
-        if cls: res['timm'] = partial(cls, lr=1e-3, **more)
-    except ImportError: pass
-    try:
-        from fastai import optimizer as fa
-        f = dict(momentum=partial(fa.SGD, lr=1e-3, mom=.9), adamw=partial(fa.Adam, lr=1e-3, wd=.01), lamb=partial(fa.Lamb, lr=1e-3, wd=.01)).get(name)
-        if f: res['fastai'] = f
-    except ImportError: pass
-    return res
-
-
+def ours(name, **hypers): return {'ours': zoo(name, **hypers), 'ours, as a list': zoo(name, 'list', **hypers), 'ours, tensor by tensor': zoo(name, 'tensor', **hypers)}
 def torchs(cls, **kwargs): return {k: partial(cls, lr=1e-3, **kwargs, **how) for k, how in (('torch fused', dict(fused=True)), ('torch foreach', dict(foreach=True)), ('torch default', {}))}
 
-def ours(name, **hypers): return {'ours': zoo(name, **hypers), 'ours, as a list': zoo(name, 'list', **hypers), 'ours, tensor by tensor': zoo(name, 'tensor', **hypers)}
 
-# name: arms, the first of which is what the others are divided by; target; bytes an element that must be moved in one pass
-FAMILIES = dict(
-    momentum=lambda: ({**torchs(T.SGD, momentum=.9), **ours('momentum'), **peers('momentum')}, 'ours <= 0.85 / 1.0 / 1.05', 20),
-    adamw=lambda: ({**torchs(T.AdamW), **ours('adamw'), **peers('adamw')}, 'ours <= 0.85 / 1.0 / 1.05', 28),
-    own=lambda: ({'torch foreach': partial(T.AdamW, lr=1e-3, foreach=True), 'ours': own_chain, 'ours, tensor by tensor': partial(own_chain, engine='tensor')}, 'ours <= 1.0', 28),
-    lamb=lambda: ({**peers('lamb'), 'ours': zoo('lamb', wd=.01), 'ours, tensor by tensor': zoo('lamb', 'tensor', wd=.01)}, 'ours <= 1.0', 40))
-REST = dict(nesterov=partial(T.SGD, momentum=.9, nesterov=True), rmsprop=T.RMSprop, rmsprop_centred=partial(T.RMSprop, centered=True), adagrad=T.Adagrad, adadelta=T.Adadelta, rprop=T.Rprop,
-            adam=T.Adam, amsgrad=partial(T.Adam, amsgrad=True), adamax=T.Adamax, nadam=T.NAdam, radam=T.RAdam)
+@cache
+def peer(name): # timm.optim or fastai.optimizer; None where it is not installed
+    try: return __import__(name, fromlist=['x'])
+    except ImportError: return None
+
+def fastais(name): # label -> function of parameters to an optimizer
+    fa = peer('fastai.optimizer')
+    return {} if fa is None else {'fastai': {'momentum': partial(fa.SGD, lr=1e-3, mom=.9), 'adamw': partial(fa.Adam, lr=1e-3, wd=.01), 'lamb': partial(fa.Lamb, lr=1e-3, wd=.01)}[name]}
 
 
-def limit(size, n_bytes, rounds=5)->float: # seconds that moving `n_bytes` an element takes, at the bandwidth of torch's copy
-    n = sum(math.prod(s) for s in shapes(size))
+def timm_lambs():
+    timm = peer('timm.optim')
+    if timm is None: raise SystemExit('LAMB is compared with timm: pip install timm')
+    return {'timm foreach': partial(timm.Lamb, lr=1e-3, weight_decay=.01, max_grad_norm=None, foreach=True),
+            'timm default': partial(timm.Lamb, lr=1e-3, weight_decay=.01, max_grad_norm=None)}
+
+
+def lamb_arms(compiled):
+    return {**timm_lambs(), 'ours': zoo('lamb', wd=.01), 'ours, tensor by tensor': zoo('lamb', 'tensor', wd=.01), **fastais('lamb'),
+            **({'the formula through torch.compile': CompiledLamb} if compiled else {})}
+
+# group: arms, the first of which is what the others are divided by; target; bytes an element that a step has to move
+GROUPS = dict(
+    momentum=(lambda _: {**torchs(T.SGD, momentum=.9), **ours('momentum'), **fastais('momentum')}, '0.85 / 1.0 / 1.05', 20),
+    adamw=(lambda _: {**torchs(T.AdamW), **ours('adamw'), **fastais('adamw')}, '0.85 / 1.0 / 1.05', 28),
+    lamb=(lamb_arms, '1.0; then 0.5 compiled', 40),
+    own=(lambda _: {'torch foreach': partial(T.AdamW, lr=1e-3, foreach=True), 'ours': own_chain, 'ours, tensor by tensor': partial(own_chain, engine='tensor')}, '1.0', 28))
+
+
+def references(case): # name in the zoo -> label, its reference's default
+    A, t = partial(T.Adam), peer('timm.optim')
+    res = dict(sgd=T.SGD, dampened=partial(T.SGD, momentum=.9, dampening=.1), nesterov=partial(T.SGD, momentum=.9, nesterov=True), rmsprop=T.RMSprop,
+               rmsprop_centred=partial(T.RMSprop, centered=True), adagrad=T.Adagrad, adadelta=T.Adadelta, rprop=T.Rprop, adam=A, amsgrad=partial(A, amsgrad=True),
+               adamax=T.Adamax, nadam=T.NAdam, radam=T.RAdam, **(dict(muon=T.Muon) if case == 'big' else {})) # Muon takes matrices alone
+    res = {k: ('torch', partial(f, lr=1e-3)) for k, f in res.items()}
+    if t is None: return res
+    return {**res, 'lars': ('timm', partial(t.Lars, lr=1e-3, momentum=.9, always_adapt=True)), 'lion': ('timm', partial(t.Lion, lr=1e-3)),
+            'lookahead': ('timm around torch', lambda ps: t.Lookahead(A(ps, lr=1e-3)))}
+
+
+def limit(case, n_bytes, rounds=7)->float: # seconds that moving `n_bytes` an element takes, at the bandwidth of torch's copy
+    n = sum(math.prod(s) for s in shapes(case))
     a, b = torch.randn(n, device=DEVICE), torch.empty(n, device=DEVICE)
     def once(_): b.copy_(a); sync()
     return min(interleaved(dict(copy=once), rounds)['copy'])*n_bytes/8
 
 
-def family_rows(name, sizes, rounds):
-    arms, target, n_bytes = FAMILIES[name]()
-    base, cols = next(iter(arms)), {k: [] for k in arms}
-    lim = []
-    for size in sizes:
-        times = interleaved({k: arm(f, size) for k, f in arms.items()}, rounds)
-        for k in arms: cols[k].append(spread(ratios(times, k, base)) if k != base else f'1 = {spread(times[k], ".3g", 1e3)} ms')
-        lim.append(f'{limit(size, n_bytes)/min(times[base]):.2f}')
-    return [[name, k, *v, target if k == 'ours' else ''] for k, v in cols.items()] + [[name, f'limit ({n_bytes} bytes an element)', *lim, '']]
+def summary(values): return [round(float(f'{v:.4g}'), 6) for v in (statistics.median(values), min(values), max(values))]
+
+def family(group, case, rounds, compiled):
+    arms, _, n_bytes = GROUPS[group]
+    turns = {k: arm(f, case) for k, f in arms(compiled).items()}
+    gc.freeze() # what the peers' packages hold is not to be searched at each turn
+    times = interleaved(turns, rounds)
+    base = next(iter(turns))
+    for k in turns: yield dict(name=group, arm=k, base=base, ratio=summary(ratios(times, k, base)), ms=summary([1e3*t for t in times[k]]))
+    yield dict(name=group, arm=f'limit ({n_bytes} bytes an element)', base=base, ratio=[round(limit(case, n_bytes)/min(times[base]), 3)]*3)
 
 
-def zoo_rows(sizes, rounds):
-    refs = {**REST, **{k: peers(k)['timm'] for k in ('lars', 'lion') if 'timm' in peers(k)}}
-    rows = []
-    for name, ref in refs.items():
-        cells = []
-        for size in sizes:
-            times = interleaved({'ref': arm(ref if name in peers(name) or name in ('lars', 'lion') else partial(ref, lr=1e-3), size), 'ours': arm(zoo(name), size)}, rounds)
-            cells.append(spread(ratios(times, 'ours', 'ref')))
-        rows.append([name, 'ours / default of ' + ('timm' if name in ('lars', 'lion') else 'torch'), *cells, '<= 1.0'])
-    return rows
+def others(case, rounds):
+    for name, (whose, ref) in references(case).items():
+        turns = {'reference': arm(ref, case), 'ours': arm(zoo(name), case)}
+        gc.freeze()
+        times = interleaved(turns, rounds)
+        yield dict(name=name, arm='ours', base=f'default of {whose}', ratio=summary(ratios(times, 'ours', 'reference')), ms=summary([1e3*t for t in times['ours']]))
+        print(name, times and f"{statistics.median(ratios(times, 'ours', 'reference')):.2f}", flush=True)
+
+
+def part(group, case, rounds, compiled):
+    start = time.time()
+    rows = list(others(case, rounds) if group == 'zoo' else family(group, case, rounds, compiled))
+    how = dict(group=group, case=case, device=DEVICE, rounds=rounds, machine=machine('timm', 'fastai'))
+    old = [r for r in done() if (r['group'], r['case'], r['device']) != (group, case, DEVICE)]
+    LINES.write_text('\n'.join(json.dumps(r) for r in old + [{**how, **r} for r in rows]) + '\n')
+    write()
+    for r in rows: print(f"{group:9} {case:9} {r['name']:16} {r['arm']:36} {cell(r)}", flush=True)
+    print(f'{time.time()-start:.0f} s', flush=True)
+
+
+def done(): return [json.loads(l) for l in LINES.read_text().splitlines()] if LINES.exists() else []
+
+def cell(r): # '' for a case that was not measured
+    if r is None: return ''
+    med, lo, hi = (f'{v:.2f}' for v in r['ratio'])
+    if r['arm'].startswith('limit'): return med
+    return f"1 = {r['ms'][0]:.3g} ms" if r['arm'] == r['base'] else f'{med} ({lo} to {hi})'
+
+
+def write():
+    lines, text = done(), ["# A step of each optimizer\n\nTime of a step as a ratio to the first arm of each group, or to the default form of the reference, within the same round: "
+                           'median (range) of interleaved rounds. Small is quick. `python benchmarks/bench_optim.py`']
+    for device in dict.fromkeys(r['device'] for r in lines):
+        found = {(r['group'], r['name'], r['arm'], r['case']): r for r in lines if r['device'] == device}
+        def rows(group, names=None):
+            for g, name, k in dict.fromkeys((g, n, a) for g, n, a, _ in found if g == group):
+                one = next(found[g, name, k, c] for c in CASES if (g, name, k, c) in found)
+                yield [f"{name}, {one['base']}" if group == 'zoo' else k, *(cell(found.get((g, name, k, c))) for c in CASES)]
+        for g, (_, target, _) in GROUPS.items():
+            if rs := list(rows(g)): text.append(f'## {g}, on {device}\n\nTarget for "ours": {target}.\n\n' + table(['arm', *CASES.values()], rs))
+        if rs := list(rows('zoo')): text.append(f'## The rest of the zoo, on {device}\n\nOurs to the default of its reference; target 1.0.\n\n' + table(['optimizer', *CASES.values()], rs))
+        text += dict.fromkeys(f"{r['rounds']} rounds; {r['machine']}" for r in lines if r['device'] == device)
+    (results/'bench_optim.md').write_text('\n\n'.join(text) + '\n')
 
 
 if __name__ == '__main__':
-    args = sys.argv[1:] + [None]*3
-    rounds, sizes = int(args[0] or ROUNDS), (args[1] or ','.join(SIZES)).split(',')
-    families = (args[2] or ','.join([*FAMILIES, 'zoo'])).split(',')
-    rows = []
-    for f in families: rows += zoo_rows(sizes, rounds) if f == 'zoo' else family_rows(f, sizes, rounds)
-    text = f'Time of a step, as a ratio to the first arm of each family in the same round: median (range) of {rounds} interleaved rounds, on {DEVICE}.\n\n'
-    save('bench_optim', text + table(['family', 'arm', *(SIZES[s] for s in sizes), 'target'], rows), packages=('timm', 'fastai'))
+    p = argparse.ArgumentParser()
+    p.add_argument('--case', nargs='+', choices=CASES, default=list(CASES)); p.add_argument('--group', nargs='+', choices=[*GROUPS, 'zoo'], default=[*GROUPS, 'zoo'])
+    p.add_argument('--rounds', type=int, default=9); p.add_argument('--compiled', action='store_true')
+    args = p.parse_args()
+    for case in args.case:
+        for group in args.group: part(group, case, args.rounds, args.compiled)

@@ -187,46 +187,51 @@ def adam_step(p:Tensor, lr:float, mom:float, mom_damp:float, step:int, sqr_mom:f
 adam_step._defaults = dict(eps=1e-5)
 adam_step.formula = r'p \leftarrow p - \eta\,\frac{m/d_1}{\sqrt{v/d_2}+\epsilon}'
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-051
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-053
 def trust_ratio(p,              # parameter
                 update,         # what it is to be moved by, before the learning rate
                 max_ratio=None, # at most
+                factor=1.,      # what `update` is still to be multiplied by
                ):               # a number for each parameter, on its device
     r"$|p|/|u|$, and 1 where one of the two is zero."
-    a, b = p.norm(), update.norm()
-    ratio = torch.where((a > 0) & (b > 0), a/b, 1.)
+    a, b = p.norm(), update.norm()*factor
+    ratio = torch.where(torch.minimum(a, b) > 0, a/b, 1.)
     return ratio if max_ratio is None else ratio.clamp(max=max_ratio)
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-053
-def lamb_update(p, mom, mom_damp, step, sqr_mom, sqr_damp, grad_avg, sqr_avg, eps, wd, **kwargs): # arguments as for `adam_step`
-    "Adam's direction and the decay."
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-056
+def lamb_update(p, mom, mom_damp, step, sqr_mom, sqr_damp, grad_avg, sqr_avg, eps, wd, **kwargs)->tuple: # arguments: as for `adam_step`
+    "Adam's direction and the decay, without a factor; the factor."
     debias1, debias2 = debias(mom, mom_damp, step), debias(sqr_mom, sqr_damp, step)
-    denom = sqr_avg.sqrt().add_(eps*math.sqrt(debias2)) # of m and v; their debiasing is the factor
-    update = denom.reciprocal_().mul_(grad_avg).mul_(math.sqrt(debias2)/debias1)
-    return update.add_(p.data, alpha=wd) if wd else update
+    factor, denom = math.sqrt(debias2)/debias1, sqr_avg.sqrt().add_(eps*math.sqrt(debias2))
+    if wd > 1e-9: return p.data.addcdiv(grad_avg, denom, value=factor/wd), wd
+    update = grad_avg/denom # with a decay as small as that, the quotient above might be too large for float32
+    return (update.add_(p.data, alpha=wd/factor) if wd else update), factor
 
 
 def lamb_step(p:Tensor, lr:float, max_ratio=10., **kwargs): # further arguments: as for `lamb_update`
     r"A step of Adam with decay inside, made as long as the parameter is (arXiv 1904.00962)."
-    update = lamb_update(p, **kwargs)
-    p.data.addcmul_(update, trust_ratio(p.data, update, max_ratio), value=-lr)
+    update, factor = lamb_update(p, **kwargs)
+    p.data.addcmul_(update, trust_ratio(p.data, update, max_ratio, factor), value=-lr*factor)
     return p
 
 lamb_step._defaults = dict(eps=1e-6, wd=0., max_ratio=10.)
 lamb_step.formula = r'u = \frac{m/d_1}{\sqrt{v/d_2}+\epsilon}+\lambda p,\quad p \leftarrow p - \eta\,\min\!\left(\frac{|p|}{|u|},r\right)u'
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-057
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-061
+def _is_list(o): # of tensors: no tensor, no dict, no named tensor
+    if isinstance(o, (Tensor, dict, str)) or not hasattr(o, '__iter__'): return False
+    return not (isinstance(o, tuple) and o and isinstance(o[0], str))
+
 def _as_groups(params)->list: # what torch takes (tensors, named tensors, dicts), or the lesson's lists of tensors -> list of dicts
     if isinstance(params, Tensor): raise TypeError('params is one tensor: give a list of parameters')
     if isinstance(params, dict): params = [params]
     params = list(params)
     if not params: raise ValueError('no parameters: params is empty (a generator that was used before?)')
-    def is_list(o): return not isinstance(o, (Tensor, dict, str)) and not (isinstance(o, tuple) and o and isinstance(o[0], str))
-    if any(map(is_list, params)): return [dict(params=list(o)) if is_list(o) else o for o in params]
+    if any(map(_is_list, params)): return [dict(params=list(o)) if _is_list(o) else o for o in params]
     groups = params if isinstance(params[0], dict) else [dict(params=params)]
     return [dict(g) if isinstance(g, dict) else dict(params=[g]) for g in groups]
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-058
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-062
 def _check_params(group, i, seen)->None: # a group, its number, parameters of the groups before (id to place)
     ps = group.get('params')
     if ps is None: raise ValueError(f"parameter group {i} has no 'params'")
@@ -237,11 +242,12 @@ def _check_params(group, i, seen)->None: # a group, its number, parameters of th
         if isinstance(p, tuple): where += f' ({p[0]})'
         if not isinstance(t, Tensor): raise TypeError(f'{where} is a {type(t).__name__}: a tensor is needed')
         where += f', shape {tuple(t.shape)}'
-        if not t.is_leaf and not t.retains_grad: raise ValueError(f'{where}, is no leaf (it was computed): give the tensor that it was computed from')
+        if not t.is_leaf and not t.retains_grad:
+            raise ValueError(f'{where}, is no leaf (it was computed): give the tensor that it was computed from')
         if id(t) in seen: raise ValueError(f'{where}, is given twice: it is {seen[id(t)]} already')
         seen[id(t)] = f'parameter {j} of group {i}'
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-061
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-065
 def _apply(f, p, state, hyper):
     res = f(p, **state, **hyper)
     if res is not None and res is not p: raise TypeError(f'{_name(f)} returns something new: a stepper changes p in place, and returns it')
@@ -253,7 +259,7 @@ def _chain(parts, p, state, hyper)->dict: # one tensor or a `TensorList` through
     for f in after: _apply(f, p, state, hyper)
     return state
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-062
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-066
 def _run_tensors(parts, ps, states, hyper):
     "Each tensor through all parts, one after the other."
     for p, state in zip(ps, states):
@@ -261,7 +267,7 @@ def _run_tensors(parts, ps, states, hyper):
         try: state.update(_chain(parts, p, state, hyper))
         finally: p.grad = g # a part may have put another in its place
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-064
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-068
 _half = torch.float16, torch.bfloat16
 
 def _stand_in(p): # what steppers work on in place of `p`: of half precision a float32 copy, of complex numbers their two parts
@@ -271,7 +277,7 @@ def _stand_in(p): # what steppers work on in place of `p`: of half precision a f
     q.grad = g
     return q
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-066
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-070
 def _is_tensors(o): return isinstance(o, (Tensor, TensorList))
 
 def _run_pack(parts, p, g, old, numbers, hyper)->dict: # `old`: the state's tensors; -> its numbers after the step
@@ -295,7 +301,7 @@ def _run_list(parts, ps, states, hyper, size=None, cut=False):
         last = _run_pack(parts, p, g, dict(zip(keys, ts)), numbers, hyper)
     for s in states: s.update(last)
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-068
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-072
 def _init(stats, p)->dict: # a state
     state = {}
     for o in stats:
@@ -326,7 +332,7 @@ def _agree(run, parts, hyper, want, dtype=torch.float64, tol=1e-9)->bool:
     except Exception: return False
     return len(got) == len(want) and all(a.shape == b.shape and torch.allclose(a, b, tol, tol, equal_nan=True) for a, b in zip(got, want))
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-069
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-073
 def trial(parts,    # steppers before the stats, stats, steppers after them
           hyper,    # name to value
          )->tuple:  # whether they may run over a list, and over pieces of tensors
@@ -340,7 +346,7 @@ def trial(parts,    # steppers before the stats, stats, steppers after them
             ok = [o and _agree(run, deepcopy(parts), h, want) for o, run in zip(ok, (as_list, in_pieces))]
     return ok[0], all(ok)
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-072
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-076
 def _fused_sgd(ps, gs, states, lr, mom=0., wd=0., nesterov=False, **kwargs)->dict: # numbers new to the states
     bufs = [s['grad_avg'] for s in states] if 'grad_avg' in states[0] else []
     torch._fused_sgd_(ps, gs, bufs, weight_decay=float(wd), momentum=mom if bufs else 0., lr=lr, dampening=0., nesterov=nesterov,
@@ -359,7 +365,7 @@ def _run_fused(kernel, parts, ps, states, hyper):
     new = kernel(ps, [p.grad for p in ps], states, **hyper)
     for s in states: s.update(new)
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-073
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-077
 def _sgd_usable(plain, decay, first, h): return (plain or h['mom'] > 0) and (not decay or not h['wd'] or (plain and first))
 
 def _sgd_kernel(before, stats, after, nesterov=False):
@@ -372,7 +378,7 @@ def _sgd_kernel(before, stats, after, nesterov=False):
 
 sgd_step.fused = momentum_step.fused = _sgd_kernel
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-074
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-078
 def _adam_usable(decay, first, h): return not decay or first or not h['wd']
 
 def _adam_kernel(before, stats, after):
@@ -385,7 +391,7 @@ def _adam_kernel(before, stats, after):
 
 adam_step.fused = _adam_kernel
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-075
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-079
 def _kernel_agrees(found, parts, tol=1e-4)->bool: # tried on copies: torch keeps its kernels private, and may change them
     kernel, usable = found
     hyper = dict(lr=.1, mom=.9, sqr_mom=.99, eps=1e-3, wd=.1)
@@ -400,9 +406,9 @@ def _fusable(optimizer):
         found = f.fused(*optimizer.parts) if hasattr(f, 'fused') else None
         if found: return found if _kernel_agrees(found, optimizer.parts) else None
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-077
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-081
 engines = None, 'tensor', 'list', 'fused'
-_pack_size = 1 << 19 # elements: a few such arrays still fit a processor's caches, and Python's own time is small beside the work
+_pack_size = 1 << 17 # elements for each thread: a few arrays of them fit the cache of a core
 
 def _fits_kernel(ps)->bool: # parameters of one device and type
     p = ps[0]
@@ -413,17 +419,20 @@ def _pick_engine(opt, ps, hyper):
     "The function that works on a bucket: the one asked for, else the quickest that is safe."
     fused, (as_list, in_pieces), want = opt._fused, opt._trial, opt.engine
     if want != 'tensor' and want != 'list' and fused and fused[1](hyper) and _fits_kernel(ps): return partial(_run_fused, fused[0])
-    if want == 'fused': raise ValueError("engine='fused': torch has no kernel for these parts, hyperparameters or tensors: leave `engine` out")
+    if want == 'fused':
+        raise ValueError("engine='fused': torch has no kernel for these parts, hyperparameters or tensors: leave `engine` out")
     if want == 'tensor' or not as_list: return _run_tensors
-    on_cpu = ps[0].device.type == 'cpu'
-    return partial(_run_list, size=_pack_size, cut=in_pieces) if on_cpu else _run_list
+    if ps[0].device.type != 'cpu': return _run_list
+    size = _pack_size*torch.get_num_threads()*(1 if in_pieces else 4) # whole tensors: fewer packs, as each costs some time of its own
+    return partial(_run_list, size=size, cut=in_pieces)
 
 def _check_engine(opt):
     if opt.engine not in engines: raise ValueError(f'engine={opt.engine!r}: choose from {", ".join(map(repr, engines))}')
-    if opt.engine == 'list' and not opt._trial[0]: raise ValueError("engine='list': these parts do not give the same over a list of tensors")
+    if opt.engine == 'list' and not opt._trial[0]:
+        raise ValueError("engine='list': these parts do not give the same over a list of tensors")
     if opt.engine == 'fused' and not opt._fused: raise ValueError("engine='fused': torch has no kernel for these parts")
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-079
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-083
 def _bucketed(opt, ps, states)->list: # (parameters, states) that are on one device, of one type, and agree in the numbers of their state
     res = {}
     for p, state in zip(ps, states):
@@ -439,14 +448,15 @@ def _run_bucket(opt, ps, states, hyper):
     _pick_engine(opt, qs, hyper)(opt.parts, qs, states, hyper)
     if ps[0].dtype in _half: torch._foreach_copy_([p.detach() for p in ps], qs)
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-081
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-085
 def _same(a, b): return len(a) == len(b) and all(map(_is, a, b))
 
 def _check_grads(opt, i, ps):
     for p in ps:
         if p.grad.layout is not torch.strided:
             j = next(j for j, o in enumerate(opt.param_groups[i]['params']) if o is p)
-            raise ValueError(f'parameter {j} of group {i}, shape {tuple(p.shape)}, has a sparse gradient: make the embedding with sparse=False')
+            raise ValueError(f'parameter {j} of group {i}, shape {tuple(p.shape)}, has a sparse gradient: '
+                             'make the embedding with sparse=False')
 
 def _step_group(opt, i, pg): # its number, the group
     ps, hyper = [p for p in pg['params'] if p.grad is not None], _hyper(pg)
@@ -455,12 +465,13 @@ def _step_group(opt, i, pg): # its number, the group
         opt._checked[i] = hyper
     if not ps: return
     _check_grads(opt, i, ps)
-    states = [opt.state[p] for p in ps]
     was = opt._plans.get(i)
-    if was is None or not _same(was[0], ps) or not _same(was[1], states): opt._plans[i] = was = ps, states, _bucketed(opt, ps, states)
+    if was is None or not _same(was[0], ps) or not _same(was[1], opt.state.values()):
+        buckets = _bucketed(opt, ps, [opt.state[p] for p in ps])
+        opt._plans[i] = was = ps, list(opt.state.values()), buckets
     for bucket in was[2]: _run_bucket(opt, *bucket, hyper)
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-083
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-087
 _torch_keys = {'params', 'param_names', 'name', 'initial_lr', 'max_lr', 'min_lr', 'max_momentum', 'base_momentum', 'swa_lr', 'lr_scale'}
 
 def _hyper(pg)->dict: # a group's hyperparameters
@@ -475,7 +486,7 @@ def _check_parts(steppers, stats):
         if isinstance(s, type) or not (hasattr(s, 'init_state') and hasattr(s, 'update')):
             raise TypeError(f'{_name(s) if not isinstance(s, type) else s.__name__} is no stat: give an instance of a Stat')
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-084
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-088
 def _vocabulary(opt)->tuple: # hyperparameters that the parts use; (part, name) of those that they cannot do without
     needs = [(_name(o), k, optional) for o in opt.all_parts for k, optional in _needs(o).items() if k not in opt._provided]
     used = {k for _, k, _ in needs}.union(*(get_defaults(o) for o in opt.all_parts)) - opt._provided
@@ -500,7 +511,7 @@ def _check_hypers(opt, group, i):
     for part, k in needed:
         if k not in group: raise TypeError(f'{part} needs the hyperparameter {k!r}, and nobody gives it (group {i}): pass {k}=...')
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-086
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-090
 _kept = 'steppers stats engine parts _provided _vocabulary _trial _fused'.split()
 
 def _check_one(opt, state, p, where):
@@ -520,10 +531,12 @@ def _check_state(opt, sd):
     if its is not None and its != mine:
         raise ValueError(f'this is the state of another optimizer: its parts are {", ".join(its)}, here {", ".join(mine)}')
     groups = sd['param_groups']
-    if len(groups) != len(opt.param_groups): raise ValueError(f'the state has {len(groups)} parameter groups, the optimizer {len(opt.param_groups)}')
+    if len(groups) != len(opt.param_groups):
+        raise ValueError(f'the state has {len(groups)} parameter groups, the optimizer {len(opt.param_groups)}')
     for i, (a, b) in enumerate(zip(groups, opt.param_groups)):
         lacks = [k for k in _hyper(b) if k not in a]
-        if lacks: raise ValueError(f'this is the state of another optimizer: group {i} has no {", ".join(lacks)} (from torch: `from_torch`)')
+        if lacks:
+            raise ValueError(f'this is the state of another optimizer: group {i} has no {", ".join(lacks)} (from torch: `from_torch`)')
         if len(a['params']) != len(b['params']):
             raise ValueError(f"group {i} of the state has {len(a['params'])} parameters, the optimizer's {len(b['params'])}")
         for j, (k, p) in enumerate(zip(a['params'], b['params'])): _check_one(opt, sd['state'].get(k), p, f'parameter {j} of group {i}')
@@ -534,7 +547,7 @@ def _exact_state(opt, sd): # torch rounds what it loads to the parameter's type:
             for name, v in sd['state'].get(k, {}).items():
                 opt.state[p][name] = v.detach().clone().to(p.device) if isinstance(v, Tensor) else v
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-088
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-092
 def _as_text(opt)->str:
     lines = [f'{type(opt).__name__}({" -> ".join(_describe(o) for o in opt.all_parts)})']
     for i, pg in enumerate(opt.param_groups):
@@ -543,13 +556,13 @@ def _as_text(opt)->str:
     return '\n'.join(lines)
 
 def _as_formula(opt)->str: # Markdown
-    rows = [getattr(o, 'formula', rf'\text{{{_name(o)}}}') for o in opt.all_parts]
+    rows = [getattr(o, 'formula', r'\text{%s}' % _name(o).replace('_', r'\_')) for o in opt.all_parts]
     pg = opt.param_groups[0]
-    lines = r' \\ '.join('&' + r.replace(r'\leftarrow', r'\leftarrow', 1) for r in rows)
+    lines = r' \\ '.join('&' + r for r in rows)
     hs = ', '.join(f'{k}={v}' for k, v in _hyper(pg).items())
     return f'**{type(opt).__name__}**: {hs}\n\n$$\\begin{{aligned}}{lines}\\end{{aligned}}$$'
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-090
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-094
 class Optimizer(torch.optim.Optimizer):
     "Runs steppers over groups of parameters. Hyperparameters are their arguments: one dict of them for each group."
     stats = ()
@@ -611,7 +624,7 @@ class Optimizer(torch.optim.Optimizer):
     def __repr__(self): return _as_text(self)
     def _repr_markdown_(self): return _as_formula(self)
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-091
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-095
 class StatefulOptimizer(Optimizer):
     "An `Optimizer` with a state for each parameter, which stats keep, and which its steppers are handed."
     def __init__(self, params, # as for `Optimizer`
@@ -622,7 +635,7 @@ class StatefulOptimizer(Optimizer):
         self.stats = listify(stats)
         super().__init__(params, steppers, engine=engine, **hypers)
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-093
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-097
 sgd_opt = partial(Optimizer, steppers=[weight_decay, sgd_step])
 sgd_mom_opt = partial(StatefulOptimizer, steppers=[momentum_step, weight_decay], stats=[AverageGrad()], wd=.01)
 

@@ -55,12 +55,14 @@ class PerTensor:
     def __repr__(self): return f'PerTensor({self.v.tolist()})'
 
 # %% ../nbs/08b_tensorlist.ipynb #08b_tensorlist-019
+def _vector(o): # of what stands beside numbers
+    if isinstance(o, PerTensor): return o.v
+    if isinstance(o, Tensor) and o.ndim: _refuse('numbers that go together with a plain tensor')
+    return o
+
 def _on_numbers(f, *args, **kwargs):
-    def get(o):
-        if isinstance(o, PerTensor): return o.v
-        if isinstance(o, Tensor) and o.ndim: _refuse('numbers that go together with a plain tensor')
-        return o
-    return PerTensor(f(*map(get, args), **{k: get(v) for k, v in kwargs.items()}))
+    if kwargs: kwargs = {k: _vector(v) for k, v in kwargs.items()}
+    return PerTensor(f(*map(_vector, args), **kwargs))
 
 def _number_op(self, name, *other): # a Python operator
     if other and isinstance(other[0], TensorList): return NotImplemented # its reflected operator knows what to do
@@ -125,7 +127,8 @@ class TensorList:
         return partial(self._call, _foreach(name), name.endswith('_'))
 
     def _call(self, f, in_place, *args, **kwargs):
-        res = f(self.ts, *map(self._arg, args), **{k: self._arg(v) for k, v in kwargs.items()})
+        if kwargs: kwargs = {k: self._arg(v) for k, v in kwargs.items()}
+        res = f(self.ts, *map(self._arg, args), **kwargs)
         return self if in_place else TensorList(res)
 
     def _arg(self, o): # as torch._foreach_ functions take it

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from .callbacks import Callback
 from .core import Table, listify
-from .optimizers import (AverageGrad, AverageSqrGrad, Optimizer, Stat, StatefulOptimizer, StepCount, _describe, _hyper, _sgd_kernel, adam_step,
-                               debias, l2_reg, lamb_step, lamb_update, momentum_step, sgd_step, trust_ratio, weight_decay)
+from .optimizers import (AverageGrad, AverageSqrGrad, Optimizer, Stat, StatefulOptimizer, StepCount, _describe, _hyper,
+                               _sgd_kernel, adam_step, debias, l2_reg, lamb_step, lamb_update, momentum_step, sgd_step, trust_ratio,
+                               weight_decay)
 
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-007
 def nesterov_step(p, lr, mom, grad_avg, **kwargs):
@@ -34,7 +35,8 @@ nesterov_step.formula, nesterov_step.fused = r'p \leftarrow p - \eta\,(g + \beta
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-010
 class LionGrad(Stat):
     "Lion's gradient is the sign of a mix of average and gradient; the average is moved after that (arXiv 2302.06675)."
-    _defaults, formula = dict(mom=.9, sqr_mom=.99), r"g,\,m \leftarrow \operatorname{sign}(\beta_1 m + (1-\beta_1)g),\ \beta_2 m + (1-\beta_2)g"
+    _defaults = dict(mom=.9, sqr_mom=.99)
+    formula = r"g,\,m \leftarrow \operatorname{sign}(\beta_1 m + (1-\beta_1)g),\ \beta_2 m + (1-\beta_2)g"
     def init_state(self, p): return {'grad_avg': torch.zeros_like(p)}
 
     def update(self, p, state, mom, sqr_mom, **kwargs):
@@ -82,12 +84,13 @@ class SumSqrGrad(Stat):
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-016
 class DeltaGrad(Stat):
     "Adadelta's gradient has the units of the parameter: scaled by its own past steps (arXiv 1212.5701)."
-    _defaults, formula = dict(eps=1e-6), r'g \leftarrow \sqrt{\tfrac{x+\epsilon}{v+\epsilon}}\,g,\ x \leftarrow \beta_2 x + (1-\beta_2)\,g^2'
+    _defaults = dict(eps=1e-6)
+    formula = r'g \leftarrow \sqrt{\tfrac{x+\epsilon}{v+\epsilon}}\,g,\ x \leftarrow \beta_2 x + (1-\beta_2)\,g^2'
     def init_state(self, p): return {'sqr_delta': torch.zeros_like(p)}
 
     def update(self, p, state, sqr_mom, eps, **kwargs):
         x = state['sqr_delta']
-        p.grad = x.add(eps).sqrt_().div_(state['sqr_avg'].add(eps).sqrt_()).mul_(p.grad)
+        p.grad = x.add(eps).div_(state['sqr_avg'].add(eps)).sqrt_().mul_(p.grad)
         x.mul_(sqr_mom).addcmul_(p.grad, p.grad, value=1-sqr_mom)
         return state
 
@@ -145,7 +148,8 @@ def nadam_step(p, lr, eps, step, sqr_mom, sqr_damp, grad_avg, sqr_avg, mu, mu_ne
     return p
 
 nadam_step._defaults = dict(eps=1e-8)
-nadam_step.formula = r'p \leftarrow p - \frac{\eta}{\sqrt{v/d_2}+\epsilon}\left(\frac{1-\mu_t}{1-\Pi}g+\frac{\mu_{t+1}}{1-\Pi\mu_{t+1}}m\right)'
+nadam_step.formula = (r'p \leftarrow p - \frac{\eta}{\sqrt{v/d_2}+\epsilon}'
+                      r'\left(\frac{1-\mu_t}{1-\Pi}g+\frac{\mu_{t+1}}{1-\Pi\mu_{t+1}}m\right)')
 
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-023
 def rectification(sqr_mom:float, step:int)->float: # 0 where the variance of Adam's step is not yet finite
@@ -266,7 +270,7 @@ class Entry:
     reference:str   # what it is checked against
 
     @property
-    def opt(self): # an optimizer for one number
+    def opt(self): # an optimizer for one matrix
         p = nn.Parameter(torch.zeros(2, 2))
         return self.make(lr=.1)([p])
 
@@ -279,7 +283,8 @@ def _made(steppers, stats=None, **defaults):
     return make
 
 def _adam_like(*steppers, stats=(), **defaults):
-    return _made(list(steppers), [AverageGrad(dampening=True), AverageSqrGrad(), StepCount(), *stats], **{'sqr_mom': .999, 'eps': 1e-8, **defaults})
+    stats = [AverageGrad(dampening=True), AverageSqrGrad(), StepCount(), *stats]
+    return _made(list(steppers), stats, **{'sqr_mom': .999, 'eps': 1e-8, **defaults})
 
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-041
 def _entries():
@@ -329,7 +334,8 @@ def _family(opt): # -> torch's class, its options, our name to its name in the s
     if len(main) == 1 and main[0] in _families and stat_names in ([], ['AverageGrad(dampening=False)']):
         cls, names = _families[main[0]]
         return cls, dict(nesterov=True) if main[0] == 'nesterov_step' else {}, names
-    raise ValueError(f'to_torch: torch has no optimizer of the parts {", ".join(_describe(o) for o in opt.all_parts)}; SGD, Adam and AdamW have one')
+    its = ', '.join(_describe(o) for o in opt.all_parts)
+    raise ValueError(f'to_torch: torch has no optimizer of the parts {its}; SGD, Adam and AdamW have one')
 
 def _torch_group(cls, pg)->dict: # a group's hyperparameters as torch calls them
     g = {'params': pg['params'], 'lr': pg['lr'], 'weight_decay': pg.get('wd', 0.)}
@@ -398,13 +404,16 @@ def decay_groups(model:nn.Module, # its parameters
     return [g for g in groups if g['params']]
 
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-060
-def _lamb_ratio(p, max_ratio=None, **kwargs): return trust_ratio(p.data, lamb_update(p, **kwargs), max_ratio)
+def _lamb_ratio(p, max_ratio=None, **kwargs):
+    update, factor = lamb_update(p, **kwargs)
+    return trust_ratio(p.data, update, max_ratio, factor)
 
 
 def layer_ratios(opt:Optimizer)->list: # (parameter, number in a tensor on its device), of parameters with state and gradient
     "LAMB's or LARS's ratio for each parameter as it stands now."
     ratio = next((_ratios[f] for f in opt.steppers if f in _ratios), None)
-    if ratio is None: raise ValueError(f'layer_ratios: no part of {", ".join(_describe(o) for o in opt.all_parts)} has a ratio: LAMB and LARS have')
+    if ratio is None:
+        raise ValueError(f'layer_ratios: no part of {", ".join(_describe(o) for o in opt.all_parts)} has a ratio: LAMB and LARS have')
     with torch.no_grad():
         return [(p, ratio(p, **opt.state.get(p, {}), **_hyper(pg)))
                 for pg in opt.param_groups for p in pg['params'] if p.grad is not None and (opt.state.get(p) or not opt.stats)]

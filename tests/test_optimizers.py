@@ -15,6 +15,7 @@ import dl2lib.optimizers as O
 from dl2lib.callbacks import LR_Find, ParamScheduler
 from dl2lib.optimizers import (AverageGrad, AverageSqrGrad, Optimizer, Stat, StatefulOptimizer, StepCount, adam_opt, adam_step, debias, get_defaults, l2_reg,
                                lamb_opt, lin_comb, maybe_update, momentum_step, sgd_mom_opt, sgd_opt, sgd_step, weight_decay)
+from repo_tools import ROOT, read_nb, source
 
 adam_stats = [AverageGrad(dampening=True), AverageSqrGrad(), StepCount()]
 ready = dict(sgd=sgd_opt, momentum=sgd_mom_opt, adam=adam_opt(wd=.1), lamb=lamb_opt(wd=.1))
@@ -100,6 +101,21 @@ def test_lamb_ratio_has_a_ceiling():
         lamb_opt(**kw)([p], lr=.01).step()
         return 1000 - p[0].item()
     assert moved() == pytest.approx(.1, rel=1e-2) and moved(max_ratio=None) == pytest.approx(10, rel=1e-2)
+
+@pytest.mark.parametrize('engine', ['tensor', 'list'])
+@pytest.mark.parametrize('wd', [0., 1e-30, 1e-10, 1e-8, .1, 10.])
+def test_lamb_is_its_formula_whatever_the_decay(wd, engine): # the text leaves out a factor, which must not overflow where the decay is small
+    ps = params(shapes=((3,), (4, 5)))
+    opt, want, ms, vs = lamb_opt(wd=wd)(ps, lr=.1, engine=engine), [p.detach().double() for p in ps], [0., 0.], [0., 0.]
+    for t in range(1, 6):
+        with_grads(ps, t)
+        opt.step()
+        for i, p in enumerate(ps):
+            g = p.grad.double()
+            ms[i], vs[i] = .9*ms[i] + .1*g, .99*vs[i] + .01*g**2
+            u = ms[i]/(1-.9**t)/((vs[i]/(1-.99**t)).sqrt() + 1e-6) + wd*want[i]
+            want[i] = want[i] - .1*min((want[i].norm()/u.norm()).item(), 10.)*u
+    for p, w in zip(ps, want): assert_close(p.detach().double(), w, rtol=1e-4, atol=1e-5)
 
 # Engines
 def two_lines(p, lr, **kwargs): # a user's own stepper
@@ -470,8 +486,8 @@ def test_repr_and_formula():
     for s in ('AverageGrad(dampening=True) -> AverageSqrGrad(dampening=True) -> StepCount -> weight_decay -> adam_step', '3 tensors, 77 elements', 'lr=0.1', 'wd=0.1'): assert s in text
     md = opt._repr_markdown_()
     assert md.count('$$') == 2 and all(o.formula in md for o in opt.all_parts)
-    def own(p, lr, **kwargs): return p
-    assert r'\text{own}' in Optimizer(params(), own, lr=.1)._repr_markdown_()
+    def my_own(p, lr, **kwargs): return p
+    assert r'\text{my\_own}' in Optimizer(params(), my_own, lr=.1)._repr_markdown_() # a bare underscore is an error in \text
 
 # Bad input
 def test_no_parameters():
@@ -481,6 +497,8 @@ def test_no_parameters():
     with pytest.raises(TypeError, match='one tensor: give a list'): sgd_opt(params()[0], lr=.1)
     with pytest.raises(ValueError, match="group 0 has no 'params'"): sgd_opt([dict(lr=.1)], lr=.1)
     with pytest.raises(TypeError, match="parameter 1 of group 0 is a str"): sgd_opt([dict(params=[params()[0], 'a'])], lr=.1)
+    with pytest.raises(TypeError, match="parameter 0 of group 0 is a float: a tensor is needed"): sgd_opt([1.], lr=.1)
+    with pytest.raises(TypeError, match="parameter 1 of group 0 is a NoneType"): sgd_opt([params()[0], None], lr=.1)
 
 def test_a_parameter_twice():
     ps = params()
@@ -574,3 +592,10 @@ def test_cuda_state_follows_the_model():
     assert all(v.is_cuda for s in opt.state.values() for v in s.values() if isinstance(v, torch.Tensor))
     for p in ps: p.grad = torch.ones_like(p)
     opt.step()
+
+# What the chapter quotes
+def test_tables_in_the_chapter_are_those_measured():
+    measured = (ROOT/'benchmarks/results/optim_shapes.md').read_text(encoding='utf-8').splitlines()
+    rows = [l for l in measured if l.startswith(('| SGD', '| momentum', '| Adam', '| LAMB')) and l.count('|') > 5] # not the search
+    text = '\n'.join(source(c) for c in read_nb(ROOT/'nbs/09_optimizers.ipynb')['cells'] if c['cell_type'] == 'markdown').splitlines()
+    assert len(rows) > 10 and not [r for r in rows if r not in text], 'copy the tables of benchmarks/results/optim_shapes.md into the chapter'
