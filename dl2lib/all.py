@@ -9,6 +9,7 @@ from dl2lib.runner import *
 from dl2lib.hooks import *
 from dl2lib.convnet import *
 from dl2lib.lsuv import *
+from dl2lib.resnet import *
 from dl2lib.datablock import *
 from dl2lib.datacache import *
 from dl2lib.tensorlist import *

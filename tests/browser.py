@@ -5,7 +5,7 @@
 
 A copy of each notebook is opened in headless Chromium, Run All Cells is chosen from the menu, and when the last cell is done the notebook is
 saved. Then these must hold: no cell has an error; each code cell has an execution count; every picture and every table that the run gave is
-in the page, as many as the repository's notebook shows; and no formula is in red. Screenshots stay in out/browser/NAME.png (a long notebook
+in the page, as many as the repository's notebook shows; and no formula is in red, or left as its source. Screenshots stay in out/browser/NAME.png (a long notebook
 has more: NAME-2.png). Takes some ten minutes, so it is no part of `make test`. The server listens on a free local port with a token of its
 own, and keeps its settings and its copies in a temporary folder."""
 import argparse, json, os, re, secrets, shutil, socket, subprocess, sys, tempfile, time, urllib.request
@@ -98,7 +98,10 @@ SEEN = '''() => { const all = q => [...document.querySelectorAll('.jp-Notebook '
   return {pictures: all('.jp-OutputArea-output img').filter(o => o.naturalWidth > 0).length,
           tables: all('.jp-OutputArea-output table').filter(o => o.offsetHeight > 0).length,
           epochs: all('.jp-OutputArea-output table').filter(o => /^\\s*epoch/.test(o.textContent)).length,
-          formulas: all('mjx-container').length, red: all('mjx-merror, .MathJax_Error').length} }'''
+          formulas: all('mjx-container').length,
+          red: all('mjx-merror, mjx-mtext[style*="color: red"]').map(o => o.dataset.mjxError || o.closest('mjx-container').querySelector('mjx-assistive-mml').textContent),
+          unset: all('.jp-MarkdownOutput p').filter(o => { const c = o.cloneNode(true); c.querySelectorAll('code, mjx-container').forEach(x => x.remove());
+            return /\\$\\$|\\\\[a-z]+\\{/i.test(c.textContent) }).length} }'''
 SCROLLER = "document.querySelector('.jp-NotebookPanel .jp-WindowedPanel-outer')"
 
 def run_all(page, server, name, seconds):
@@ -160,7 +163,8 @@ def faults(nb, kept, seen): # the notebook as saved; the one in the repository; 
         if seen[k] < gave[k]: res.append(f'{k}: {gave[k]} came out, {seen[k]} are in the page')
     text = '\n'.join(source(c) for c in nb['cells'] if c['cell_type'] == 'markdown')
     if '$' in text and not seen['formulas']: res.append('no formula was set')
-    if seen['red']: res.append(f'{seen["red"]} formulas are in red')
+    for t in seen['red']: res.append(f'a formula is in red: {t[:200]}')
+    if seen['unset']: res.append(f'{seen["unset"]} paragraphs show the source of a formula')
     return res
 
 def look_at(page, server, path, out, seconds): # one notebook -> faults, what was seen
@@ -201,7 +205,7 @@ def main(argv=None):
                     with browser_page(chromium) as (page, said): wrong, seen = look_at(page, server, path, args.out, args.seconds)
                 except Exception as e: wrong, seen = [f'{type(e).__name__}: {str(e)[:500]}'], {}
                 bad += bool(wrong)
-                what = ', '.join(f'{n} {k}' for k, n in seen.items() if k != 'red')
+                what = ', '.join(f'{n} {k}' for k, n in seen.items() if k not in ('red', 'unset'))
                 print(f'{path.stem:18} {"FAILED" if wrong else "ok":7} {time.time()-start:4.0f} s  {what}', flush=True)
                 for w in wrong: print(f'    {w}')
                 for s in said: print(f'    the page said: {s[:200]}')

@@ -15,7 +15,7 @@ def cell(src, *datas, n=1, kind='code'):
 
 def nb(*cells): return dict(cells=list(cells))
 GOOD = nb(cell('$x$', kind='markdown'), cell('plot()', PICTURE), cell('fit()', ROWS), cell('#| export\nx = 1'), cell(''))
-SEEN = dict(pictures=1, tables=1, epochs=1, formulas=1, red=0)
+SEEN = dict(pictures=1, tables=1, epochs=1, formulas=1, red=[], unset=0)
 
 def test_nothing_wrong(): assert faults(GOOD, GOOD, SEEN) == []
 
@@ -27,7 +27,8 @@ def test_outputs_are_counted():
                                     ('formulas', 'no formula was set')])
 def test_what_is_not_in_the_page_is_said(k, text): assert [text in f for f in faults(GOOD, GOOD, {**SEEN, k: 0})] == [True]
 
-def test_a_formula_in_red_is_said(): assert faults(GOOD, GOOD, {**SEEN, 'red': 2}) == ['2 formulas are in red']
+def test_a_formula_in_red_or_not_set_is_said():
+    assert faults(GOOD, GOOD, {**SEEN, 'red': ['x'], 'unset': 1}) == ['a formula is in red: x', '1 paragraphs show the source of a formula']
 
 def test_a_picture_that_no_longer_comes_out_is_said():
     said = faults(nb(GOOD['cells'][0], cell('plot()'), cell('fit()', ROWS)), GOOD, SEEN)
