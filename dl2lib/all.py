@@ -18,4 +18,5 @@ from dl2lib.zoo import *
 from dl2lib.learner import *
 from dl2lib.progress import *
 from dl2lib.practice import *
+from dl2lib.checkpoints import *
 from dl2lib.train import *

@@ -45,6 +45,8 @@ class Callback:
     "Code that a loop calls: methods named as events, in the order of `_order`. What it lacks, it asks of its loop, `self.run`."
     _order, run = 0, None
     in_lr_find = True # whether a search for a learning rate needs it, as it does what prepares batches; not what reports or schedules
+    writes = False    # whether it writes files: a trial run leaves it out
+    stateful = ()     # names of its attributes that change in a fit, and that a checkpoint keeps: tensors and plain data
 
     def set_runner(self, run): # the loop
         self.run = run
@@ -68,7 +70,13 @@ class Callback:
     def __getstate__(self): # a copy, or a pickle, leaves the loop behind
         return {k: v for k, v in self.__dict__.items() if k != 'run'}
 
-# %% ../nbs/04_callbacks.ipynb #04_callbacks-042
+    def state_dict(self)->dict: # asked for after a batch or an epoch
+        return {k: self.__dict__[k] for k in self.stateful if k in self.__dict__}
+
+    def load_state_dict(self, state): # of `state_dict`; in a fit that goes on, when `begin_fit` and `begin_epoch` have come as they had before
+        self.__dict__.update(state)
+
+# %% ../nbs/04_callbacks.ipynb #04_callbacks-044
 class TrainEvalCallback(Callback):
     "Switches the model between training and evaluation, and counts a fit's training: `n_iter` batches, `n_epochs` epochs (a float)."
     _order = -10
@@ -94,7 +102,10 @@ class TrainEvalCallback(Callback):
     def after_fit(self):
         for m, mode in self.__dict__.pop('modes', []): m.training = mode
 
-# %% ../nbs/04_callbacks.ipynb #04_callbacks-048
+    def state_dict(self): return dict(n_epochs=self.run.n_epochs, n_iter=self.run.n_iter)
+    def load_state_dict(self, state): self.run.n_epochs, self.run.n_iter = state['n_epochs'], state['n_iter']
+
+# %% ../nbs/04_callbacks.ipynb #04_callbacks-050
 def accuracy(out:Tensor, # scores, (N, classes)
              yb:Tensor,  # right classes, (N,), integers
             )->Tensor:   # a number from 0 to 1
@@ -103,7 +114,7 @@ def accuracy(out:Tensor, # scores, (N, classes)
         raise ValueError(f'accuracy takes scores (N, classes) and as many classes (N,), not {tuple(out.shape)} and {tuple(yb.shape)}')
     return (out.argmax(dim=1) == yb).float().mean()
 
-# %% ../nbs/04_callbacks.ipynb #04_callbacks-052
+# %% ../nbs/04_callbacks.ipynb #04_callbacks-054
 def _metric_name(m): return getattr(m, '__name__', None) or getattr(getattr(m, 'func', m), '__name__', type(m).__name__)
 
 
@@ -127,7 +138,7 @@ class AvgStats:
     def accumulate(self, run): # the loop, after the loss
         n = run.xb.shape[0]
         with torch.no_grad(): batch = self._batch(run) * n
-        self.total = batch if self.total is None else self.total + batch
+        self.total = batch if self.total is None else self.total.to(batch.device) + batch # loaded sums may be elsewhere
         self.count += n
 
     @property
@@ -140,7 +151,10 @@ class AvgStats:
 
     def __repr__(self): return f'{"train" if self.in_train else "valid"}: {self.avg_stats}'
 
-# %% ../nbs/04_callbacks.ipynb #04_callbacks-057
+    def state_dict(self)->dict: return dict(total=self.total, count=self.count)
+    def load_state_dict(self, state): self.total, self.count = state['total'], state['count']
+
+# %% ../nbs/04_callbacks.ipynb #04_callbacks-059
 def format_time(t:float, # seconds
                )->str:   # m:ss, or h:mm:ss from an hour on
     "A duration as people write it."
@@ -160,6 +174,7 @@ class AvgStatsCallback(Callback):
     in_lr_find = False
     def __init__(self, metrics=None): # a function (pred, yb) or several
         self.train_stats, self.valid_stats = AvgStats(metrics, True), AvgStats(metrics, False)
+        self.start_time, self.rows = time.time(), []
 
     @property
     def columns(self)->list: # the table's head
@@ -168,6 +183,7 @@ class AvgStatsCallback(Callback):
 
     def begin_fit(self):
         self._begin() # an epoch may be cancelled before its beginning has come to this callback
+        self.rows = []
         self.logger(self.columns)
 
     def _begin(self):
@@ -180,9 +196,20 @@ class AvgStatsCallback(Callback):
 
     def after_epoch(self):
         stats = [v for s in (self.train_stats, self.valid_stats) for v in s.avg_stats]
-        self.logger([str(self.epoch), *(f'{v:.6f}' for v in stats), format_time(time.time()-self.start_time)])
+        self.rows.append([str(self.epoch), *(f'{v:.6f}' for v in stats), format_time(time.time()-self.start_time)])
+        self.logger(self.rows[-1])
 
-# %% ../nbs/04_callbacks.ipynb #04_callbacks-064
+    def state_dict(self):
+        return dict(columns=self.columns, train=self.train_stats.state_dict(), valid=self.valid_stats.state_dict(),
+                    seconds=time.time()-self.start_time, rows=self.rows)
+
+    def load_state_dict(self, state): # a fit that goes on shows the rows of before again
+        if state['columns'] != self.columns: raise ValueError(f'its columns were {", ".join(state["columns"])}, and are {", ".join(self.columns)}')
+        self.train_stats.load_state_dict(state['train']); self.valid_stats.load_state_dict(state['valid'])
+        self.start_time, self.rows = time.time()-state['seconds'], list(state['rows'])
+        for row in self.rows if getattr(self.run, 'start', None) else []: self.logger(row)
+
+# %% ../nbs/04_callbacks.ipynb #04_callbacks-066
 def _plot(x, y, xlabel, ylabel): # in the current picture
     import matplotlib.pyplot as plt
     plt.plot(x, y); plt.xlabel(xlabel); plt.ylabel(ylabel)
@@ -225,6 +252,12 @@ class Recorder(Callback):
         if waiting: self._read += torch.stack(waiting).tolist()
         return self._read
 
+    def state_dict(self): # as tensors: quick to write, and to the bit
+        return {k: torch.tensor(v, dtype=torch.float64) for k, v in (('lrs', self.group_lrs), ('moms', self.group_moms), ('losses', self.losses))}
+
+    def load_state_dict(self, state):
+        self.group_lrs, self.group_moms, self._read, self._waiting = *(state[k].tolist() for k in ('lrs', 'moms', 'losses')), []
+
     def plot_lr(self, pgid=-1): # index of a parameter group
         return _plot(range(len(self.lrs)), self.group_lrs[pgid], 'batch', 'learning rate')
 
@@ -241,10 +274,10 @@ class Recorder(Callback):
         ax.set_xscale('log')
         return ax
 
-# %% ../nbs/04_callbacks.ipynb #04_callbacks-069
+# %% ../nbs/04_callbacks.ipynb #04_callbacks-071
 class ParamScheduler(Callback):
     "Sets a hyperparameter before every training batch, by the share of the fit that is done; afterwards it is as it was."
-    _order, in_lr_find = 1, False
+    _order, in_lr_find, stateful = 1, False, ('before',)
     def __init__(self, pname:str,  # as in the optimizer's `param_groups`: 'lr', 'momentum', ...
                  scheds):          # function of a position from 0 to 1, or one for each parameter group
         self.pname, self.scheds = pname, scheds
@@ -267,7 +300,7 @@ class ParamScheduler(Callback):
     def after_fit(self):
         for pg, v in zip(self.opt.param_groups, self.__dict__.pop('before', [])): pg[self.pname] = v
 
-# %% ../nbs/04_callbacks.ipynb #04_callbacks-076
+# %% ../nbs/04_callbacks.ipynb #04_callbacks-078
 def _tensors(model): return [*model.named_parameters(), *model.named_buffers()]
 
 def _generators(dl): # of a loader: its own, and its samplers'
@@ -296,7 +329,7 @@ def preserve_training(model, opt, dl): # module, optimizer, training loader
                 for n, t in _tensors(model): t.copy_(tensors[n])
             opt.load_state_dict(opt_state); opt.zero_grad()
 
-# %% ../nbs/04_callbacks.ipynb #04_callbacks-078
+# %% ../nbs/04_callbacks.ipynb #04_callbacks-080
 class LR_Find(Callback):
     "Trains with rates that grow by equal factors until the loss explodes, for `Recorder.plot`; then all is as before (arXiv 1506.01186)."
     _order, name = 1, 'lr_finder' # not `lr_find`: that is what a Learner does
@@ -324,7 +357,7 @@ class LR_Find(Callback):
     def after_fit(self):
         if 'kept' in self.__dict__: self.__dict__.pop('kept').close()
 
-# %% ../nbs/04_callbacks.ipynb #04_callbacks-085
+# %% ../nbs/04_callbacks.ipynb #04_callbacks-087
 class CudaCallback(Callback):
     "Puts the model on a device when the fit begins, and each batch as it comes. Without CUDA the device is the best there is."
     def __init__(self, device=None): # as for `default_device`
@@ -340,7 +373,7 @@ class CudaCallback(Callback):
         run = self.run
         run.xb, run.yb = to_device((run.xb, run.yb), self.device)
 
-# %% ../nbs/04_callbacks.ipynb #04_callbacks-088
+# %% ../nbs/04_callbacks.ipynb #04_callbacks-090
 @contextmanager
 def batch_draws(cb): # a callback, of whom each has draws of its own
     """Within it, what the CPU's generators give depends on (seed, pass, batch) alone, by the `batch_seed` of the loader that is run through;
@@ -352,7 +385,7 @@ def batch_draws(cb): # a callback, of whom each has draws of its own
         seed_cpu(seed(f'{type(cb).__name__} {n}'))
         yield
 
-# %% ../nbs/04_callbacks.ipynb #04_callbacks-090
+# %% ../nbs/04_callbacks.ipynb #04_callbacks-092
 class BatchTransformXCallback(Callback):
     """Applies functions to the inputs of every batch, on their device. What they draw from the CPU's generators in training depends on
     (seed, pass, batch) alone, under a loader of `get_dls`. Outside of training, a function that has an attribute `valid` gives way to that."""
@@ -366,7 +399,7 @@ class BatchTransformXCallback(Callback):
         with nullcontext() if not self.run.in_train or all(map(draws_nothing, tfms)) else batch_draws(self):
             self.run.xb = compose(self.run.xb, tfms)
 
-# %% ../nbs/04_callbacks.ipynb #04_callbacks-095
+# %% ../nbs/04_callbacks.ipynb #04_callbacks-097
 class ChannelsLastCallback(Callback):
     "Keeps images and convolutions as NHWC in memory, which convolutions are quicker on; afterwards the weights lie as before."
     _order = 3

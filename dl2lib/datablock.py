@@ -13,11 +13,12 @@ __all__ = ['image_extensions', 'norm_imagenette', 'show_image', 'Paths', 'get_fi
            'CheckError', 'check', 'ByteToFloat', 'normalize_chan', 'Normalizer', 'normalize_to']
 
 # %% ../nbs/08_datablock.ipynb #08_datablock-002
-import copy, csv, hashlib, heapq, math, operator, os, re, signal, stat, sys, time, warnings, zlib
+import copy, csv, hashlib, heapq, math, operator, os, re, signal, stat, sys, threading, time, warnings, zlib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import MutableSequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path, PurePath
@@ -862,6 +863,16 @@ def collate(samples # a list of samples, such as pairs of tensor and number
         raise ValueError(f'the samples of a batch cannot be stacked: {listing}: {_remedy(kinds)}. ({e})') from e
 
 # %% ../nbs/08_datablock.ipynb #08_datablock-152
+@contextmanager
+def _interrupt_later(): # Ctrl-C waits: of workers that are half started nobody would know, and nobody would end them
+    handler, pressed = signal.getsignal(signal.SIGINT), []
+    if not callable(handler) or threading.current_thread() is not threading.main_thread(): yield; return
+    signal.signal(signal.SIGINT, lambda *args: pressed.append(args)) # workers keep this one: who ends them is the process that started them
+    try: yield
+    finally: signal.signal(signal.SIGINT, handler)
+    if pressed: handler(*pressed[0])
+
+
 class SeededDataLoader(DataLoader):
     "A loader whose samples depend on (seed, pass, index) alone: not on the workers, nor on what else draws random numbers."
     def __init__(self,
@@ -906,10 +917,11 @@ class SeededDataLoader(DataLoader):
         self.n_pass, self.batch_sampler.start, self._live, self._iterator = n_pass, batch, None, None # persistent workers know the old seed
 
     def __iter__(self):
-        at, start, batches = self.n_pass, self.batch_sampler.start, super().__iter__()
+        at, start, batches = self.n_pass, self.batch_sampler.start, None
         try:
+            with _interrupt_later() if self.num_workers else nullcontext(): batches = super().__iter__()
             for i, b in enumerate(batches):
-                if i == 1: self.n_pass = at + self.batch_sampler.shuffle
+                if i == (0 if start else 1): self.n_pass = at + self.batch_sampler.shuffle # a pass that is gone on with counts at once
                 self._live = at, start+i+1
                 yield b
             self.n_pass = at + self.batch_sampler.shuffle

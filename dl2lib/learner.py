@@ -121,13 +121,15 @@ class Learner(_OwnsOpt, TrainLoop):
 
     def fit(self, epochs:int, # runs through the training data
             cbs=None,         # callback instances, for this fit only
-            reset_opt=False): # a new optimizer, with `lr`; else the present one goes on
+            reset_opt=False,  # a new optimizer, with `lr`; else the present one goes on
+            resume=None):     # a checkpoint (09e) of a fit of as many epochs, to go on from; None: begin
         "Train. `cbs` are gone afterwards, whatever happened."
         with self.with_cbs(cbs):
             self.check_fit(epochs)
             if reset_opt: self.opt = None
             _check_trained(self.model, self.opt)
-            self.run_epochs(epochs)
+            if resume is None: self.run_epochs(epochs)
+            else: self.go_on(epochs, resume)
 
     @contextmanager
     def with_cbs(self, cbs): # instances
@@ -155,6 +157,9 @@ class Learner(_OwnsOpt, TrainLoop):
         self.__dict__.update(state)
         for cb in self.cbs:
             if cb.run is None: cb.set_runner(self)
+
+def _go_on(learn, epochs, path): raise NotImplementedError('fit(resume=...) comes with `import dl2lib.checkpoints`')
+Learner.go_on = _go_on
 
 # %% ../nbs/09b_learner.ipynb #09b_learner-029
 def get_learner(nfs,                       # as for `get_cnn_layers`
@@ -251,18 +256,24 @@ def _sample(ds, item): # through the transforms of a list of labelled images
     return il.new(compose([item], ds.proc_x))[0]
 
 
+def _labelled(learn, what): # the labelled data whose transforms and vocabulary are used
+    ds = next((o for k in ('valid_ds', 'train_ds') if (o := getattr(learn.data, k, None)) is not None), None)
+    if isinstance(ds, LabeledData) and any(getattr(p, 'vocab', None) for p in listify(ds.proc_y)): return ds
+    raise TypeError(f'{what} needs data from a data block, with labels of a vocabulary: get_preds(dl) takes any loader')
+
+
+def _read_scores(ds, scores)->Prediction: # of one item, (classes,)
+    multi = any(isinstance(p, MultiCategoryProcessor) for p in listify(ds.proc_y))
+    probs = scores.float().sigmoid() if multi else scores.float().softmax(0)
+    idx = (probs > 0.5).nonzero().flatten().tolist() if multi else probs.argmax().item()
+    return Prediction(ds.obj([probs if multi else idx], 0, ds.proc_y), idx, probs)
+
+
 def _predict(learn, item     # path of an image, a PIL image, or its bytes (C, H, W)
             )->Prediction:
     "What an image shows, by the transforms of the validation list. Everything stays as it was."
-    ds = next((o for k in ('valid_ds', 'train_ds') if (o := getattr(learn.data, k, None)) is not None), None)
-    procs = listify(getattr(ds, 'proc_y', None))
-    if not isinstance(ds, LabeledData) or not any(getattr(p, 'vocab', None) for p in procs):
-        raise TypeError('predict needs data from a data block, with labels of a vocabulary: get_preds(dl) takes any loader')
-    batch = collate([(_sample(ds, item), ds.y[0])]) # some target, for callbacks that look at it
-    pred = _run_validation(learn, [batch], _KeepPreds()).kept[0][0][0].float()
-    multi = any(isinstance(p, MultiCategoryProcessor) for p in procs)
-    probs = pred.sigmoid() if multi else pred.softmax(0)
-    idx = (probs > 0.5).nonzero().flatten().tolist() if multi else probs.argmax().item()
-    return Prediction(ds.obj([probs if multi else idx], 0, ds.proc_y), idx, probs)
+    ds = _labelled(learn, 'predict')
+    batch = collate([(_sample(ds, item), ds.y[0] if len(ds) else 0)]) # some target, for callbacks that look at it
+    return _read_scores(ds, _run_validation(learn, [batch], _KeepPreds()).kept[0][0][0])
 
 Learner.predict = _predict

@@ -8,7 +8,7 @@ __all__ = ['BatchTransformYCallback', 'GradientClip', 'GradientAccumulation', 'M
            'trace']
 
 # %% ../nbs/09d_practice.ipynb #09d_practice-002
-import copy, csv, math, time
+import copy, csv, io, math, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,6 +41,8 @@ class GradientClip(Callback):
         self.max_norm, self._norms = max_norm, []
 
     def begin_fit(self): self._norms = []
+    def state_dict(self): return dict(norms=torch.tensor(self.norms))
+    def load_state_dict(self, state): self._norms = list(state['norms'].to(next(self.model.parameters()).device))
     def after_backward(self): self._norms.append(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm).detach())
 
     @property
@@ -50,7 +52,7 @@ class GradientClip(Callback):
 # %% ../nbs/09d_practice.ipynb #09d_practice-014
 class GradientAccumulation(Callback):
     "Steps on the mean gradient of `n_batches` batches as if they were one; the last ones of an epoch may be fewer."
-    _order = 20
+    _order, stateful = 20, ('batches', 'samples', 'unit') # a checkpoint keeps the gradients by itself
     def __init__(self, n_batches:int): # batches for a step
         if isinstance(n_batches, bool) or not isinstance(n_batches, int) or n_batches < 1:
             raise ValueError(f'GradientAccumulation(n_batches={n_batches!r}): give a whole number, 1 or more')
@@ -122,6 +124,11 @@ class MixedPrecision(Callback):
         self.device_type = self.scaler = None
         self._unscaled = False
 
+    def state_dict(self): return dict(dtype=str(self.dtype), scaler=None if self.scaler is None else self.scaler.state_dict())
+    def load_state_dict(self, state):
+        if state['dtype'] != str(self.dtype): raise ValueError(f'its type was {state["dtype"]}, and is {self.dtype}')
+        if self.scaler is not None: self.scaler.load_state_dict(state['scaler'])
+
 # %% ../nbs/09d_practice.ipynb #09d_practice-026
 def _stats(cb): # the AvgStatsCallback beside it
     res = next((o for o in cb.run.cbs if isinstance(o, AvgStatsCallback)), None)
@@ -136,7 +143,7 @@ def _averages(cb)->dict: # column -> average of the epoch
 
 class TrackBest(Callback):
     "Which epoch of a fit was the best by one of `AvgStatsCallback`'s columns: `best`, `best_epoch`, and `improved`, for the last one."
-    _order, in_lr_find = 55, False
+    _order, in_lr_find, stateful = 55, False, ('best', 'best_epoch', 'improved')
     def __init__(self, monitor='valid_loss', # a column: train_ or valid_, and loss or a metric's name
                  lower=None,     # whether less is better; None: yes for names that end with loss or error
                  min_delta=0.):  # a gain has to be larger
@@ -173,6 +180,7 @@ class EarlyStopping(TrackBest):
 
 class KeepBest(TrackBest):
     "Keeps the weights of the best epoch, in main memory, and gives them back to the model when the fit ends."
+    stateful = (*TrackBest.stateful, 'state')
     def begin_fit(self):
         super().begin_fit()
         self.state = None
@@ -185,23 +193,49 @@ class KeepBest(TrackBest):
         if self.__dict__.get('state') is not None: self.model.load_state_dict(self.state)
 
 # %% ../nbs/09d_practice.ipynb #09d_practice-031
+def _csv(row)->str:
+    out = io.StringIO(newline='')
+    csv.writer(out).writerow(row)
+    return out.getvalue()
+
+
+def _check_tail(path, tail, mine): # what stands in the file from where a fit began, what that fit had written up to its checkpoint
+    last = mine.splitlines()[-1].split(',')[0] if mine else ''
+    epoch = int(last)+1 if last.isdigit() else 0
+    more = [l.split(',')[0] for l in tail[len(mine):].splitlines(keepends=True) if l.endswith('\n')]
+    ours = [str(epoch+i) for i in range(len(more))]
+    if not (tail.startswith(mine) or mine.startswith(tail)) or more != ours:
+        raise ValueError(f'{path} has other lines than this fit wrote: put it back as it was, or leave CSVLog out')
+
+
 class CSVLog(Callback):
     "Appends a line an epoch to a CSV file: epoch, the averages of `AvgStatsCallback`, seconds."
-    _order, in_lr_find = 50, False
+    _order, in_lr_find, writes, at, text, start = 50, False, True, 0, '', 0.
     def __init__(self, path): # of the file; it may exist, with the same columns
         self.path = Path(path)
 
     def _write(self, row):
-        with open(self.path, 'a', newline='') as f: csv.writer(f).writerow(row)
+        self.text += _csv(row)
+        with open(self.path, 'a', newline='') as f: f.write(_csv(row))
 
     def begin_fit(self):
         columns = ['epoch', *_averages(self), 'seconds']
-        if not self.path.exists() or not self.path.stat().st_size: return self._write(columns)
+        self.at, self.text = self.path.stat().st_size if self.path.exists() else 0, ''
+        if not self.at: return self._write(columns)
         with open(self.path, newline='') as f: there = next(csv.reader(f))
         if there != columns: raise ValueError(f'CSVLog: {self.path} has the columns {", ".join(there)}, not {", ".join(columns)}: give another file')
 
     def begin_epoch(self): self.start = time.perf_counter()
     def after_epoch(self): self._write([self.epoch, *_averages(self).values(), round(time.perf_counter()-self.start, 3)])
+
+    def state_dict(self): return dict(at=self.at, text=self.text, seconds=time.perf_counter()-self.start)
+    def load_state_dict(self, state): # the file gets the lines of before, and no others from this fit
+        self.at, self.text, self.start = state['at'], state['text'], time.perf_counter()-state['seconds']
+        if self.run.start is None: return # somebody looks at a checkpoint
+        there, mine = self.path.read_bytes(), self.text.encode()
+        if len(there) < self.at: raise ValueError(f'{self.path} is shorter than it was when this fit began: put it back as it was, or leave CSVLog out')
+        _check_tail(self.path, there[self.at:].decode(errors='replace'), self.text)
+        with open(self.path, 'r+b') as f: f.seek(self.at); f.write(mine); f.truncate()
 
 # %% ../nbs/09d_practice.ipynb #09d_practice-034
 class NonFiniteError(FloatingPointError):
@@ -378,7 +412,7 @@ def trace(learn:TrainLoop # a Learner
          )->Table:        # event, who, what changed
     "Train on one batch, and say what each callback has changed at each event, and the loop before it. Everything is left as it was."
     tracer = _Tracer()
-    with _borrowed(learn, learn.cbs), preserve_training(learn.model, learn.opt, learn.data.train_dl):
+    with _borrowed(learn, [cb for cb in learn.cbs if not cb.writes]), preserve_training(learn.model, learn.opt, learn.data.train_dl):
         learn.add_cbs([tracer, _OneBatch()])
         tracer.before, learn.tell = _look(learn), tracer.tell
         try: learn.run_epochs(1)

@@ -75,12 +75,12 @@ class _Bars: # fastprogress's, with what it takes to write a table above them an
 
 # %% ../nbs/09c_progress.ipynb #09c_progress-020
 class _LossPlot:
-    def __init__(self): self.train, self.valid, self.waiting, self.out, self.drawn = [], [], [], None, 0.
+    def __init__(self): self.train, self.valid, self.waiting, self.first, self.out, self.drawn = [], [], [], 1, None, 0.
 
     def _png(self):
         from matplotlib.figure import Figure
         ax, file = Figure(figsize=(6, 3), layout='constrained').subplots(), io.BytesIO()
-        ax.plot(range(1, len(self.train)+1), self.train, lw=1, label='training')
+        ax.plot(range(self.first, self.first+len(self.train)), self.train, lw=1, label='training')
         if self.valid: ax.plot(*zip(*self.valid), 'o-', label='validation')
         ax.set_xlabel('batch'); ax.set_ylabel('loss'); ax.legend()
         ax.figure.savefig(file, dpi=70)
@@ -109,7 +109,7 @@ class ProgressCallback(Callback):
         where = self.where or _front_end()
         if where == 'plain' or not self.epochs: return
         self.bars, self.before = _Bars(where, self.epochs), self.run.logger
-        self.done, self.between, self.losses = 0, True, _LossPlot() if self.plot and where == 'notebook' else None
+        self.done, self.between, self.losses = 0 if self.run.start is None else self.run.start.epoch, True, _LossPlot() if self.plot and where == 'notebook' else None
         self.stats = next((cb for cb in self.run.cbs if isinstance(cb, AvgStatsCallback)), None)
         self.run.logger = self.bars.write
 
@@ -128,13 +128,15 @@ class ProgressCallback(Callback):
     def after_batch(self):
         if self.bars is None: return
         run = self.run
-        if self.losses and run.in_train and run.loss is not None: self.losses.waiting.append(run.loss.detach())
+        if self.losses and run.in_train and run.loss is not None:
+            if not self.losses.train and not self.losses.waiting: self.losses.first = run.n_iter # not 1 in a fit that goes on
+            self.losses.waiting.append(run.loss.detach())
         self.bars.update(run.iter+1)
         if self.losses: self.losses.draw(every=1.)
 
     def after_epoch(self):
         if self.bars is None: return
-        self.done, self.between = self.done+1, True
+        self.done, self.between = self.run.epoch+1, True
         if self.losses and self.stats and self.stats.valid_stats.count:
             self.losses.valid.append((self.n_iter, self.stats.valid_stats.avg_stats[0]))
         if self.losses: self.losses.draw()

@@ -96,13 +96,24 @@ def _begin_fit(loop, begun): # `begun` collects the callbacks whose turn has com
         begun.append(cb)
         if cb.answers('begin_fit'): loop.tell(cb, 'begin_fit')
 
+def _first_epoch(loop):
+    start = loop.start
+    if start is None: return 0
+    if not start.batch: start.restore(loop); loop.start = None
+    return start.epoch
+
+def _batches(loop, dl): # -> number of the first batch, iterator
+    if loop.start is None: return 0, iter(dl)
+    first, rest, loop.start = loop.start.batch, loop.start.go_on(loop), None
+    return first, rest
+
 def _end_fit(loop, begun): # whatever happened: tell `begun` that the fit is over, and return the errors that this raises
     errors = []
     for cb in begun:
         try: cb.answers('after_fit') and loop.tell(cb, 'after_fit')
         except BaseException as e: errors.append(e)
     _drop_grads(loop)
-    loop.in_train, loop._answers, loop.xb, loop.yb, loop.pred = False, None, None, None, None
+    loop.in_train, loop._answers, loop.start, loop.xb, loop.yb, loop.pred = False, None, None, None, None, None
     if isinstance(loop.loss, torch.Tensor): loop.loss = loop.loss.detach()
     return errors
 
@@ -118,12 +129,13 @@ def _note_more(e, errors): # on the exception `e`, which nobody has caught: what
     for o in errors: e.add_note(f'then {o!r}, {", ".join(o.__notes__)}')
     return e
 
-# %% ../nbs/04b_runner.ipynb #04b_runner-027
+# %% ../nbs/04b_runner.ipynb #04b_runner-028
 class TrainLoop(CallbackHost):
     "Each step of training on the left, the event that callbacks may answer on the right. A subclass has `model opt loss_func data`."
     learn = epoch = epochs = iter = iters = n_iter = n_epochs = xb = yb = pred = loss = dl = None
     loss_weight = None # a number in a tensor: what the gradients of this batch are multiplied by; None: 1
     in_train = False
+    start = None # where a fit goes on, until it does: has `epoch batch`, and `restore(loop)` or, within an epoch, `go_on(loop)` to the other batches
 
     def __init__(self, cbs=None, cb_funcs=None): # as for `CallbackHost`; a TrainEvalCallback comes by itself
         super().__init__(cbs, cb_funcs)
@@ -158,8 +170,8 @@ class TrainLoop(CallbackHost):
         self.dl, self.iters, batches = dl, len(dl), None
         try:
             self(event)
-            batches = iter(dl)
-            for i, (xb, yb) in enumerate(batches): self.one_batch(i, xb, yb)
+            first, batches = _batches(self, dl)
+            for i, (xb, yb) in enumerate(batches, first): self.one_batch(i, xb, yb)
         except CancelEpochException:                         self('after_cancel_epoch')
         finally: _let_go(batches, dl)
 
@@ -172,7 +184,7 @@ class TrainLoop(CallbackHost):
     def all_epochs(self, begun:list): # gets the callbacks whose turn at `begin_fit` has come
         try:
             _begin_fit(self, begun)
-            for self.epoch in range(self.epochs): self.one_epoch()
+            for self.epoch in range(_first_epoch(self), self.epochs): self.one_epoch()
         except CancelTrainException:
             self._answers = _resolve(begun);                 self('after_cancel_train')
 
@@ -182,11 +194,11 @@ class TrainLoop(CallbackHost):
         if self._answers is not None: raise RuntimeError(f'{type(self).__name__} is in the middle of a fit: it cannot begin another')
         if not len(self.data.train_dl): raise ValueError('there is nothing to train on: data.train_dl has no batch')
 
-    def run_epochs(self, epochs:int): # whole, not negative
+    def run_epochs(self, epochs:int, start=None): # whole, not negative; where to begin, None: at the beginning
         "A fit. `after_fit` comes whatever happens, for each callback whose turn at `begin_fit` had come."
         self.check_fit(epochs)
         for cb in self.cbs: cb.set_runner(self) # another loop may have had it in the meantime
-        self.epochs, self._answers, begun = epochs, _resolve(self.cbs), []
+        self.epochs, self.start, self._answers, begun = epochs, start, _resolve(self.cbs), []
         try: self.all_epochs(begun)
         except BaseException as e:
             _note_more(e, _end_fit(self, begun))
@@ -194,7 +206,7 @@ class TrainLoop(CallbackHost):
         errors = _end_fit(self, begun)
         if errors: raise _note_more(errors[0], errors[1:])
 
-# %% ../nbs/04b_runner.ipynb #04b_runner-029
+# %% ../nbs/04b_runner.ipynb #04b_runner-030
 def _of_bundle(k): # an attribute of a Runner that stands in its bundle
     def get(self):
         if self.learn is None: raise AttributeError(f'{type(self).__name__} has no {k} before its first fit(epochs, learn)')
@@ -214,7 +226,7 @@ class Runner(TrainLoop):
         self.learn = learn
         self.run_epochs(epochs)
 
-# %% ../nbs/04b_runner.ipynb #04b_runner-030
+# %% ../nbs/04b_runner.ipynb #04b_runner-031
 def get_runner(model:nn.Module,
                data,                       # has `train_dl`, and `valid_dl` or None
                lr=0.6,                     # learning rate
@@ -226,7 +238,7 @@ def get_runner(model:nn.Module,
     opt = (opt_func or optim.SGD)(model.parameters(), lr=lr)
     return TrainBundle(model, opt, loss_func, data), Runner(cb_funcs=cbs)
 
-# %% ../nbs/04b_runner.ipynb #04b_runner-046
+# %% ../nbs/04b_runner.ipynb #04b_runner-047
 def get_batch(dl,            # a loader
               run:TrainLoop, # whose callbacks prepare the batch
              )->tuple:       # inputs and targets, as the model will get them
