@@ -412,6 +412,82 @@ def test_09c_add_progress_bar(lesson, capsys, monkeypatch, where):
     assert [r[0] for r in rows] == ['0', '1'] and all(len(r) == 6 for r in rows)
 
 
+# 10
+
+AUGMENT = '''
+path = shapes(n_train=160, n_valid=60)
+tfms = [make_rgb, ResizeFixed(64), to_byte_tensor, to_float_tensor]
+def get_il(tfms): return ImageList.from_files(path, tfms=tfms)
+il = get_il(tfms)
+show_image(il[0])
+fn = il.items[0]
+img = PIL.Image.open(fn)
+
+rows = {}                                        # one image, several times: what a list of transforms makes of it
+def several(*tfms, n=6):
+    il_tfm = get_il([make_rgb, *tfms, to_byte_tensor, to_float_tensor])
+    return [il_tfm[0] for _ in range(n)]
+random.seed(42)
+rows['flip'] = several(PilRandomFlip(0.5), ResizeFixed(64))
+rows['dihedral'] = several(PilRandomDihedral(p=0.75), ResizeFixed(64))
+rows['center'] = several(CenterCrop(64))
+rows['general'] = several(GeneralCrop(64, crop_size=(90, 90)))
+rows['crop'] = several(RandomResizedCrop(64, scale=(0.35, 1)))
+rows['tilt'] = several(PilTiltRandomCrop(64, 90, magnitude=0.2))
+show_batch(rows['tilt'], c=3)
+
+class RandomCrop(GeneralCrop):                   # the reader's own: which box, and nothing else
+    def get_corners(self, w, h, wc, hc):
+        left, top = random.randint(0, w-wc), random.randint(0, h-hc)
+        return left, top, left+wc, top+hc
+class Darken(PilTransform):
+    def __init__(self, p=0.5): self.p = p
+    def __call__(self, x): return x.point(lambda v: v*0.5) if random.random() < self.p else x
+rows['own'] = several(RandomCrop(64, crop_size=(50, 40), resample=PIL.Image.BILINEAR), Darken(1.))
+
+w, h = img.size
+quad = ((0, 0), (0, h), (w, h), (w, 0))
+inner = ((w/8, h/8), (0, h), (w, h), (w*7/8, h/8))
+coeffs = find_coeffs(inner, ((0, 0), (0, 64), (64, 64), (64, 0)))
+same, warped = warp(make_rgb(img), img.size, quad), warp(make_rgb(img), (64, 64), inner)
+sizes = process_sz(64), process_sz((64, 32)), list(default_crop_size(90, 60))
+floats = np_to_float(make_rgb(img))
+draws = [uniform(2., 3.) for _ in range(20)]
+
+x = torch.stack([o for o in il[:8]])             # batches
+turned = rotate_batch(x, 64, 30.)
+quarter = affine_batch(x, rotation_matrix(tensor([90.]*8)), 64)
+flat = warp_batch(x, 64, tensor([[0., 0.], [0., 64.], [64., 64.], [64., 0.]]).expand(8, 4, 2))
+
+train_tfms = [make_rgb, RandomResizedCrop(48, scale=(0.35, 1)), PilRandomFlip(), np_to_float]
+valid_tfms = [make_rgb, CenterCrop(48), np_to_float]
+sd = SplitData.split_by_func(get_il(train_tfms), partial(grandparent_splitter, valid_name='val'))
+ll = label_by_func(sd, parent_labeler, proc_y=CategoryProcessor())
+ll.valid.x.tfms = valid_tfms
+data = ll.to_databunch(32, c_in=3, c_out=10, num_workers=2)
+cbfs = [partial(AvgStatsCallback, accuracy), CudaCallback, partial(BatchTransformXCallback, norm_imagenette), Recorder]
+learn = get_learner([32]*4, data, 0.05, conv_layer, cb_funcs=cbfs)
+learn.fit(2)
+valid_again = torch.equal(data.valid_ds[0][0], data.valid_ds[0][0])
+train_again = torch.equal(data.train_ds[0][0], data.train_ds[0][0])
+'''
+
+@pytest.mark.filterwarnings('error:non-integer arguments to randrange') # an error from Python 3.12 on
+def test_10_augmentation(lesson):
+    o = lesson(AUGMENT)
+    assert all(len(r) == 6 and all(t.shape == (3, 64, 64) and 0 <= t.min() and t.max() <= 1 for t in r) for r in o.rows.values())
+    def kinds(name): return len({t.numpy().tobytes() for t in o.rows[name]})
+    assert kinds('center') == kinds('general') == 1 and kinds('flip') == 2 and 2 <= kinds('dihedral') <= 6
+    assert kinds('crop') == kinds('tilt') == kinds('own') == 6 and o.rows['own'][0].max() <= .51
+    assert len(o.coeffs) == 8 and o.warped.size == (64, 64) and o.floats.shape == (3, o.h, o.w) and o.floats.max() <= 1
+    assert list(o.same.getdata())[:50] == list(o.make_rgb(o.img).getdata())[:50]                 # the whole image, as it was
+    assert o.sizes == ((64, 64), (64, 32), [60, 60]) and all(2 <= d <= 3 for d in o.draws) and len(set(o.draws)) > 10
+    assert o.turned.shape == o.x.shape and not torch.equal(o.turned, o.x)
+    torch.testing.assert_close(o.quarter, torch.rot90(o.x, 1, (2, 3)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(o.flat, o.x, atol=1e-4, rtol=0)
+    assert o.valid_again and not o.train_again and len(o.learn.recorder.losses) == 10 and finite(o.learn.recorder.losses)
+
+
 # What the front door must not need
 
 def test_a_star_import_is_all_that_a_script_has_from_us(lesson):
