@@ -10,9 +10,9 @@ help:
 	@echo "make <command>, with PYTHON=/path/to/python3.12 for another interpreter than the first 3.11 or 3.12 found"; \
 	sed -n 's/^\([a-z]*\):.*## /  \1	/p' Makefile
 
-train: $(STAMP) ## train the lesson's CNN: DATA=folder EPOCHS= SIZE= BS= DEVICE= SEED= OUT=folder
+train: $(STAMP) ## train the lesson's CNN, or go on: DATA=folder EPOCHS= SIZE= BS= DEVICE= SEED= OUT=folder ARGS="other options of dl2lib-train"
 	@$(BIN)/dl2lib-train $(if $(DATA),"$$DATA") $(if $(EPOCHS),--epochs "$$EPOCHS") $(if $(SIZE),--size "$$SIZE") \
-	    $(if $(BS),--bs "$$BS") $(if $(DEVICE),--device "$$DEVICE") $(if $(SEED),--seed "$$SEED") $(if $(OUT),--out "$$OUT")
+	    $(if $(BS),--bs "$$BS") $(if $(DEVICE),--device "$$DEVICE") $(if $(SEED),--seed "$$SEED") $(if $(OUT),--out "$$OUT") $(ARGS)
 
 # The cells run twice: here in forked processes as nbdev does it, and in tests/test_notebooks.py in real kernels. The first
 # line makes the data that both workers would otherwise make at once. What nbdev_test said is one of pytest's tests, so

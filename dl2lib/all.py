@@ -19,6 +19,7 @@ from dl2lib.learner import *
 from dl2lib.progress import *
 from dl2lib.practice import *
 from dl2lib.checkpoints import *
+from dl2lib.inference import *
 from dl2lib.augmentation import *
 from dl2lib.batch_warp import *
 from dl2lib.train import *

@@ -140,6 +140,8 @@ def test_train_hands_on_what_it_is_given(machine):
     assert machine.calls() == ['dl2lib-train ']
     machine.make('train', 'DATA=/some where/my "images"', 'EPOCHS=2', 'SIZE=64', 'BS=32', 'DEVICE=cpu', 'SEED=7', 'OUT=my out')
     assert machine.args() == ['/some where/my "images"', '--epochs', '2', '--size', '64', '--bs', '32', '--device', 'cpu', '--seed', '7', '--out', 'my out']
+    machine.make('train', 'ARGS=--opt adam --lsuv')
+    assert machine.args() == ['--opt', 'adam', '--lsuv']
     machine.make('train', EPOCHS='1')
     assert machine.args() == ['--epochs', '1']
 

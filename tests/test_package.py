@@ -145,7 +145,7 @@ def test_the_wheel_built_from_the_sdist_works_without_jupyter(tmp_path):
     assert len(where) == len(MODULES) and all(w.startswith(str(site)) for w in where)
 
 def test_the_command_is_what_settings_say(tmp_path):
-    said = re.search(r'^console_scripts = dl2lib-train=dl2lib\.train:main$', (ROOT/'settings.ini').read_text(), re.M)
+    said = re.search(r'^console_scripts = dl2lib-train=dl2lib\.train:main dl2lib-predict=dl2lib\.train:predict_main$', (ROOT/'settings.ini').read_text(), re.M)
     assert said and callable(importlib.import_module('dl2lib.train').main)
 
 def test_pins_are_exact_and_hold_no_path():
