@@ -5,45 +5,23 @@
 FOLDER has train/ and val/. The images are decoded once, into a cache (650 MB) that later calls find again. A run appends a line to
 results/optim_imagenette.jsonl and writes results/optim_imagenette.md anew from all lines. Five epochs take about seven minutes on two idle
 CPU cores. `--batches 20` is a trial: it ends after 20 batches, and leaves the results alone."""
-import argparse, json, os, time
-from datetime import date
+import argparse, json
 from functools import partial
 
 from common import machine, results, table
-from dl2lib.callbacks import (AvgStatsCallback, BatchTransformXCallback, Callback, CancelTrainException, ChannelsLastCallback, CudaCallback,
-                              ParamScheduler, accuracy)
+from imagenette import Stop, fit
+from dl2lib.callbacks import AvgStatsCallback, BatchTransformXCallback, ChannelsLastCallback, CudaCallback, ParamScheduler, accuracy
 from dl2lib.convnet import conv_layer
 from dl2lib.core import set_seed
-from dl2lib.datablock import (ByteToFloat, CategoryProcessor, ImageList, ResizeFixed, SplitData, label_by_func, make_rgb, norm_imagenette,
-                              parent_labeler, to_byte_tensor)
-from dl2lib.datacache import cached
+from dl2lib.datablock import ByteToFloat, norm_imagenette
 from dl2lib.learner import get_learner
 from dl2lib.optimizers import adam_opt, lamb_opt, sgd_mom_opt, sgd_opt
 from dl2lib.schedules import combine_scheds, cos_1cycle_anneal
-from dl2lib.train import find_splits
+from dl2lib.train import make_data
 
 # name: the lesson's optimizer, the lesson's rate: here the peak of its schedule, which begins at a third of it and ends at a sixth
 OPTS = dict(sgd=(sgd_opt, .3), momentum=(sgd_mom_opt, .3), adam=(adam_opt(), 1e-3), lamb=(lamb_opt(), 3e-3))
 LINES, NAMES = results/'optim_imagenette.jsonl', dict(sgd='SGD', momentum='momentum 0.9, decay 0.01', adam='Adam', lamb='LAMB')
-
-
-class Stop(Callback):
-    "Ends training after so many batches, and says how long they took."
-    def __init__(self, batches): self.batches, self.losses = batches, []
-    def begin_fit(self): self.start = time.time()
-    def after_batch(self):
-        self.losses.append(self.loss.item())
-        if len(self.losses) < self.batches: return
-        print(f'{self.batches} batches: {time.time()-self.start:.1f} s, losses', *(f'{v:.2f}' for v in self.losses))
-        raise CancelTrainException
-
-
-def load(args):
-    "Batches as `make train` makes them, read from a cache."
-    include, splitter, _ = find_splits(args.folder)
-    il = ImageList.from_files(args.folder, tfms=[make_rgb, ResizeFixed(args.size), to_byte_tensor], include=include)
-    ll = cached(label_by_func(SplitData.split_by_func(il, splitter), parent_labeler, proc_y=CategoryProcessor()), args.cache)
-    return ll.to_databunch(args.bs, c_in=3, seed=args.seed)
 
 
 def learner(args, data):
@@ -52,20 +30,6 @@ def learner(args, data):
     cbfs = [partial(AvgStatsCallback, accuracy), CudaCallback, ChannelsLastCallback,
             partial(BatchTransformXCallback, [ByteToFloat(), norm_imagenette]), partial(ParamScheduler, 'lr', sched)]
     return get_learner([64, 64, 128, 256], data, args.lr, conv_layer, cb_funcs=cbfs, opt_func=OPTS[args.opt][0])
-
-
-def fit(args, learn):
-    "-> what goes into the file."
-    rows, start = [], time.time()
-    def log(row):
-        rows.append(row)
-        print(*row, flush=True)
-    learn.logger = log
-    learn.fit(args.epochs)
-    cols = ['train_loss', 'train_accuracy', 'valid_loss', 'valid_accuracy']
-    return dict(opt=args.opt, lr=args.lr, seed=args.seed, epochs=args.epochs, size=args.size, bs=args.bs,
-                **{c: [float(r[i]) for r in rows[1:]] for i, c in enumerate(cols, 1)}, seconds=round(time.time()-start), load=round(os.getloadavg()[0], 1),
-                date=str(date.today()))
 
 
 def write(lines):
@@ -85,13 +49,13 @@ def main(argv=None):
     p = argparse.ArgumentParser()
     p.add_argument('folder'); p.add_argument('--opt', required=True, choices=OPTS); p.add_argument('--lr', type=float); p.add_argument('--epochs', type=int, default=5)
     p.add_argument('--seed', type=int, default=42); p.add_argument('--size', type=int, default=128); p.add_argument('--bs', type=int, default=64)
-    p.add_argument('--cache', help='folder for decoded images'); p.add_argument('--batches', type=int, help='a trial of so many batches')
+    p.add_argument('--batches', type=int, help='a trial of so many batches')
     args = p.parse_args(argv)
     args.lr = args.lr or OPTS[args.opt][1]
-    learn = learner(args, load(args))
+    learn = learner(args, make_data(args.folder, args.size, args.bs, args.seed, cache=True)[0])
     print(f'{args.opt}, peak rate {args.lr:g}, seed {args.seed}, {len(learn.data.train_dl)} batches an epoch', flush=True)
     if args.batches: return learn.fit(args.epochs, cbs=[Stop(args.batches)])
-    row = fit(args, learn)
+    row = dict(opt=args.opt, lr=args.lr, seed=args.seed, epochs=args.epochs, size=args.size, bs=args.bs, **fit(learn, args.epochs))
     with open(LINES, 'a') as f: f.write(json.dumps(row) + '\n')
     write([json.loads(l) for l in LINES.read_text().splitlines()])
 
