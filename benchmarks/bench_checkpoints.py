@@ -5,7 +5,6 @@ writing costs.
 
 writes results/bench_checkpoints.md. 15 rounds take about four minutes on two CPU cores."""
 import os, random, statistics, sys, tempfile, time
-from functools import partial
 from pathlib import Path
 
 import torch
