@@ -393,6 +393,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'dl2lib.checkpoints._plain': ('checkpoints.html#_plain', 'dl2lib/checkpoints.py'),
                                     'dl2lib.checkpoints._read_checkpoint': ('checkpoints.html#_read_checkpoint', 'dl2lib/checkpoints.py'),
                                     'dl2lib.checkpoints._real': ('checkpoints.html#_real', 'dl2lib/checkpoints.py'),
+                                    'dl2lib.checkpoints._rest': ('checkpoints.html#_rest', 'dl2lib/checkpoints.py'),
                                     'dl2lib.checkpoints._rng_state': ('checkpoints.html#_rng_state', 'dl2lib/checkpoints.py'),
                                     'dl2lib.checkpoints._save': ('checkpoints.html#_save', 'dl2lib/checkpoints.py'),
                                     'dl2lib.checkpoints._say': ('checkpoints.html#_say', 'dl2lib/checkpoints.py'),

@@ -381,6 +381,15 @@ def load_checkpoint(path,          # of `save_checkpoint`, or `CheckpointCallbac
     return {k: state[k] for k in ('epochs', 'epoch', 'batch')}
 
 # %% ../nbs/09e_checkpoints.ipynb #09e_checkpoints-047
+def _rest(dl): # of a pass of ours that is gone on with; it counts from its first batch on, since this is no look
+    at, batches = dl.n_pass, iter(dl)
+    try:
+        for b in batches:
+            if dl.n_pass == at and dl.batch_sampler.shuffle: dl.n_pass = at+1
+            yield b
+    finally: batches.close()
+
+
 class _Start:
     "Where a fit goes on: what a `TrainLoop` asks for."
     def __init__(self, path, state): self.path, self.state, self.epoch, self.batch = Path(path), state, state['epoch'], state['batch']
@@ -395,7 +404,7 @@ class _Start:
 
     def go_on(self, loop): # within the training of an epoch: iterator of the batches that are left
         self.set_state(loop)
-        left = iter(loop.dl if self.batch < loop.iters else ())
+        left = iter(()) if self.batch >= loop.iters else _rest(loop.dl) if hasattr(loop.dl, 'n_pass') else iter(loop.dl)
         if not hasattr(loop.dl, 'state_dict') and self.batch < loop.iters:
             _warn(f'{type(loop.dl).__name__} is no loader of dl2lib: its first {self.batch} batches are skipped, and the others may not be those of before')
             for _ in range(self.batch): next(left)

@@ -921,7 +921,7 @@ class SeededDataLoader(DataLoader):
         try:
             with _interrupt_later() if self.num_workers else nullcontext(): batches = super().__iter__()
             for i, b in enumerate(batches):
-                if i == (0 if start else 1): self.n_pass = at + self.batch_sampler.shuffle # a pass that is gone on with counts at once
+                if i == 1: self.n_pass = at + self.batch_sampler.shuffle
                 self._live = at, start+i+1
                 yield b
             self.n_pass = at + self.batch_sampler.shuffle

@@ -21,6 +21,13 @@ ROOT = Path(__file__).parents[1]
 SMALL = dict(epochs=1, size=16, bs=32, device='cpu')
 
 
+@pytest.fixture(autouse=True, scope='module')
+def one_thread(): # as the commands that run in processes of their own: the same to the bit
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory): return shapes(root=tmp_path_factory.mktemp('data'), n_train=160, n_valid=40)
 
