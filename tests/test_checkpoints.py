@@ -482,14 +482,19 @@ class Weighted(nn.Module): # a loss that learns something of its own
         if self.training: self.mean.lerp_(loss.detach(), 0.1)
         return loss + self.mean
 
-def test_a_loss_with_a_state_and_half_precision():
-    def make(): return learner(MixedPrecision(torch.float16), loss_func=Weighted(), lr=0.01)
+def goes_on(make):
+    "Two fits of learners that `make` gives, one of them stopped in batch 14 and gone on with: they end the same. Both learners."
     whole = make()
     whole.fit(2)
     stop(make(), 2, 'after_batch', 14, CheckpointCallback('fit.ckpt', every_batches=3))
     learn = make()
     learn.fit(2, resume='fit.ckpt')
     same(result(learn), result(whole))
+    return learn, whole
+
+def test_a_loss_with_a_state_and_half_precision():
+    def make(): return learner(MixedPrecision(torch.float16), loss_func=Weighted(), lr=0.01)
+    learn, whole = goes_on(make)
     same(learn.loss_func.mean, whole.loss_func.mean)
     with pytest.raises(ValueError, match='its type was torch.float16, and is torch.bfloat16'):
         stop(make(), 2, 'after_batch', 14, CheckpointCallback('half.ckpt', every_batches=3))
@@ -498,12 +503,7 @@ def test_a_loss_with_a_state_and_half_precision():
 def test_what_batch_transforms_draw():
     noise = lambda x: x + 0.3*torch.randn_like(x)*random.random()
     def make(): return learner(BatchTransformXCallback(noise), BatchTransformXCallback(noise))
-    whole = make()
-    whole.fit(2)
-    stop(make(), 2, 'after_batch', 14, CheckpointCallback('fit.ckpt', every_batches=3))
-    learn = make()
-    learn.fit(2, resume='fit.ckpt')
-    same(result(learn), result(whole))
+    goes_on(make)
 
 def test_with_another_number_of_workers(whole):
     stop(learner(*everything(), data=seeded(num_workers=2)), 3, 'after_batch', 14, CheckpointCallback('fit.ckpt', every_batches=3))
