@@ -265,8 +265,8 @@ def homography_grid(m:Tensor,  # maps of the result's coordinates to the origina
     "What `F.affine_grid` does with align_corners=False, and perspective too. Nothing is read back from the device."
     w, h = process_sz(size)
     xs, ys = (torch.arange(1-n, n, 2, dtype=m.dtype, device=m.device)/n for n in (w, h)) # pixel centres
-    def at(rows): return (m[:, rows, :1]*xs)[:, :, None] + (m[:, rows, 1:2]*ys + m[:, rows, 2:])[..., None] # (N, rows, H, W)
-    return (at(slice(0, 2)) if m.shape[1] == 2 else at(slice(0, 2))/at(slice(2, 3))).permute(0, 2, 3, 1) # x and y: a plane each
+    p = (m[..., :1]*xs)[:, :, None] + (m[..., 1:2]*ys + m[..., 2:])[..., None] # (N, rows of m, H, W)
+    return (p if m.shape[1] == 2 else p[:, :2]/p[:, 2:]).permute(0, 2, 3, 1) # x and y: a plane each
 
 # %% ../nbs/10_augmentation.ipynb #10_augmentation-060
 def _check_images(x, who):

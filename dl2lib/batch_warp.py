@@ -498,7 +498,7 @@ def _augment(x, m, across, down, k, boxes, small, out_size, mode, padding_mode, 
     return y.contiguous(memory_format=torch.channels_last) if _is_nhwc(x) else y
 
 
-def _in_parts(f, x, params, out_size, size=2<<20): # on a CPU, so many images at a time that what lies between the steps fits into its cache: bytes a thread
+def _in_parts(f, x, params, out_size, size=1<<20): # on a CPU, so many images at a time that what lies between the steps fits into its cache: bytes a thread
     n = len(x) if x.device.type != 'cpu' else max(1, size*torch.get_num_threads()//(4*x.shape[1]*math.prod(out_size)))
     asks = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *params))
     if n >= len(x) or asks or all(p is None for p in params): return f(x, *params)
