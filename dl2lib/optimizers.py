@@ -363,6 +363,7 @@ def _fused_adam(ps, gs, states, lr, mom, sqr_mom, eps, wd=0., name='_fused_adam_
 def _run_fused(kernel, parts, ps, states, hyper):
     "All tensors through one of torch's kernels."
     new = kernel(ps, [p.grad for p in ps], states, **hyper)
+    if new.items() <= states[0].items(): return # as they agree in their numbers
     for s in states: s.update(new)
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-077
@@ -408,12 +409,14 @@ def _fusable(optimizer):
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-081
 engines = None, 'tensor', 'list', 'fused'
-_pack_size = 1 << 17 # elements for each thread: a few arrays of them fit the cache of a core
+_pack_size = 1 << 18 # elements for each thread: an array of them is half of what a core's cache holds
+
+def _alike(p, g)->bool: # whether both lie in memory in the same order, without gaps
+    return (p.is_contiguous() and g.is_contiguous()) or (p.stride() == g.stride() and _dense(p))
 
 def _fits_kernel(ps)->bool: # parameters of one device and type
     p = ps[0]
-    return (p.device.type in ('cpu', 'cuda') and p.dtype in (torch.float32, torch.float64)
-            and all(p.stride() == p.grad.stride() and (p.is_contiguous() or _dense(p)) for p in ps))
+    return p.device.type in ('cpu', 'cuda') and p.dtype in (torch.float32, torch.float64) and all(map(_alike, ps, [p.grad for p in ps]))
 
 def _pick_engine(opt, ps, hyper):
     "The function that works on a bucket: the one asked for, else the quickest that is safe."
