@@ -1155,6 +1155,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'dl2lib.optimizers._adam_kernel': ('optimizers.html#_adam_kernel', 'dl2lib/optimizers.py'),
                                    'dl2lib.optimizers._adam_usable': ('optimizers.html#_adam_usable', 'dl2lib/optimizers.py'),
                                    'dl2lib.optimizers._agree': ('optimizers.html#_agree', 'dl2lib/optimizers.py'),
+                                   'dl2lib.optimizers._alike': ('optimizers.html#_alike', 'dl2lib/optimizers.py'),
                                    'dl2lib.optimizers._apply': ('optimizers.html#_apply', 'dl2lib/optimizers.py'),
                                    'dl2lib.optimizers._as_formula': ('optimizers.html#_as_formula', 'dl2lib/optimizers.py'),
                                    'dl2lib.optimizers._as_groups': ('optimizers.html#_as_groups', 'dl2lib/optimizers.py'),
