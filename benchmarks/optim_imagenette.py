@@ -1,10 +1,10 @@
-"""The lesson's CNN on Imagenette with SGD, momentum, Adam or LAMB: one optimizer and one rate a call, on a one-cycle schedule.
+"""The lesson's CNN on Imagenette with momentum, Adam or LAMB: one optimizer and one rate a call, on a one-cycle schedule.
 
-    python benchmarks/optim_imagenette.py FOLDER --opt sgd|momentum|adam|lamb [--lr PEAK] [--epochs 5] [--seed 42]
+    python benchmarks/optim_imagenette.py FOLDER --opt momentum|adam|lamb [--lr PEAK] [--epochs 5] [--seed 42]
 
 FOLDER has train/ and val/. The images are decoded once, into a cache (650 MB) that later calls find again. A run appends a line to
 results/optim_imagenette.jsonl and writes results/optim_imagenette.md anew from all lines. Five epochs take about seven minutes on two idle
-CPU cores. `--batches 20` is a trial: it ends after 20 batches, and leaves the results alone."""
+CPU cores. `--batches 20` is a trial: it ends after 20 batches, and leaves the results alone. Plain SGD by the same recipe is lesson_imagenette.py's first run."""
 import argparse, json
 from functools import partial
 
@@ -15,13 +15,13 @@ from dl2lib.convnet import conv_layer
 from dl2lib.core import set_seed
 from dl2lib.datablock import ByteToFloat, norm_imagenette
 from dl2lib.learner import get_learner
-from dl2lib.optimizers import adam_opt, lamb_opt, sgd_mom_opt, sgd_opt
+from dl2lib.optimizers import adam_opt, lamb_opt, sgd_mom_opt
 from dl2lib.schedules import combine_scheds, cos_1cycle_anneal
 from dl2lib.train import make_data
 
 # name: the lesson's optimizer, the lesson's rate: here the peak of its schedule, which begins at a third of it and ends at a sixth
-OPTS = dict(sgd=(sgd_opt, .3), momentum=(sgd_mom_opt, .3), adam=(adam_opt(), 1e-3), lamb=(lamb_opt(), 3e-3))
-LINES, NAMES = results/'optim_imagenette.jsonl', dict(sgd='SGD', momentum='momentum 0.9, decay 0.01', adam='Adam', lamb='LAMB')
+OPTS = dict(momentum=(sgd_mom_opt, .3), adam=(adam_opt(), 1e-3), lamb=(lamb_opt(), 3e-3))
+LINES, NAMES = results/'optim_imagenette.jsonl', dict(momentum='momentum 0.9, decay 0.01', adam='Adam', lamb='LAMB')
 
 
 def learner(args, data):
@@ -37,10 +37,10 @@ def write(lines):
     lines = sorted(lines, key=lambda r: (list(OPTS).index(r['opt']), r['epochs'], r['valid_accuracy'][-1]))
     rows = [[NAMES[r['opt']], f"{r['lr']:g}" + (" (the lesson's)" if r['lr'] == OPTS[r['opt']][1] else ''), r['seed'],
              ' '.join(f'{v:.3f}' for v in r['valid_accuracy']), f"{r['train_loss'][-1]:.3f}", f"{r['valid_loss'][-1]:.3f}", f"{r['seconds']} ({r['load']})"] for r in lines]
-    head = ('# Four optimizers on Imagenette (second edition: 9,469 training, 3,925 validation images)\n\n'
+    head = ('# Three optimizers on Imagenette (second edition: 9,469 training, 3,925 validation images)\n\n'
             "The lesson's CNN, nfs=[64,64,128,256], 128 px, batches of 64, no augmentation. The rate is the peak of the lesson's one-cycle schedule: from a third of it, "
-            'over it at 30% of training, to a sixth. Other hyperparameters are those of the lesson: `sgd_opt`, `sgd_mom_opt`, `adam_opt()`, `lamb_opt()`. One seed: differences of a '
-            'point or two mean nothing. Times are of a machine shared with other work (in brackets: its load at the end, of two cores). `python benchmarks/optim_imagenette.py FOLDER --opt NAME --lr PEAK`')
+            'over it at 30% of training, to a sixth. Other hyperparameters are those of the lesson: `sgd_mom_opt`, `adam_opt()`, `lamb_opt()`. Plain SGD by the same recipe: the first row of lesson_imagenette.md. One seed: differences of a '
+            'point or two mean nothing. Times are of a machine shared with other work, that of Adam much more than the rest (in brackets: its load at the end, of two cores). `python benchmarks/optim_imagenette.py FOLDER --opt NAME --lr PEAK`')
     header = ['optimizer', 'peak rate', 'seed', 'validation accuracy after each epoch', 'train loss', 'valid loss', 'seconds (load)']
     (results/'optim_imagenette.md').write_text(f'{head}\n\n{table(header, rows)}\n\n{machine()}\n')
 

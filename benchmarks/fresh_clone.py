@@ -1,0 +1,34 @@
+"""The README's two commands in a fresh clone: how long they take, and how they end.
+
+    python benchmarks/fresh_clone.py [--no-test]
+
+clones the last commit into a temporary folder, with data of its own, and writes results/fresh_clone.md. Takes half an hour on two CPU cores, and 8 GB."""
+import os, re, subprocess, sys, tempfile, time
+from pathlib import Path
+
+from common import save, table
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = [('make .venv/.dl2lib-installed', 'the environment, which either command makes first'), ('make train', 'Shapes drawn, three epochs, pictures and a model'),
+         ('make test', 'every notebook twice, and every test')]
+
+
+def main(*options):
+    rows = []
+    with tempfile.TemporaryDirectory() as d:
+        clone = Path(d, 'dl2lib')
+        subprocess.run(['git', 'clone', '-q', ROOT, clone], check=True)
+        head = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=clone, check=True, text=True, capture_output=True).stdout.strip()
+        env = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'VIRTUAL_ENV')} | dict(DL2LIB_DATA=f'{d}/data', PIP_NO_CACHE_DIR='1')
+        for command, what in STEPS[:2] if '--no-test' in options else STEPS:
+            start = time.time()
+            done = subprocess.run(command.split(), cwd=clone, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            took, said = time.time()-start, done.stdout.strip().splitlines()
+            print(command, f'{took:.0f} s, exit {done.returncode}', *said[-5:], sep='\n', flush=True)
+            ends = next((l for l in reversed(said) if re.search(r'validation accuracy|passed|failed', l)), '')
+            rows.append([f'`{command}`', what, f'{int(took//60)}:{took%60:02.0f}', done.returncode, re.sub(r' in [\d.]+s.*', '', ends.strip('= '))])
+    save('fresh_clone', f'# From a fresh clone, commit {head}\n\npip had none of the packages kept from before; how long the first step takes depends on the network.\n\n'
+         + table(['command', 'what it does', 'min:s', 'exit status', 'its last word'], rows) + '\n\n`python benchmarks/fresh_clone.py`')
+
+
+if __name__ == '__main__': main(*sys.argv[1:])
