@@ -6,20 +6,20 @@ FOLDER has train/ and val/. The images are decoded once, into a cache (650 MB) t
 given (all but the runs `hand` and `resnet18`, which no option names); it adds a line to results/lesson_imagenette.jsonl and writes results/lesson_imagenette.md
 anew. Five epochs of a CNN take some eight minutes on two idle CPU cores, of a ResNet twenty. `--batches 20` is a trial: it ends after 20 batches, and leaves
 the results alone."""
-import argparse, json, os, statistics, time
+import os, statistics, time
 from datetime import date
 
 import torch
 from torch.nn import functional as F
 
-from common import machine, results, table
-from imagenette import Stop, fit
+from common import results, table
+from imagenette import command, fit
 from dl2lib.callbacks import ParamScheduler
 from dl2lib.core import default_device, set_seed, to_device
 from dl2lib.datablock import norm_imagenette
 from dl2lib.lsuv import lsuv_init
 from dl2lib.runner import get_batch
-from dl2lib.train import Settings, make_data, make_learner, make_schedule
+from dl2lib.train import Settings, make_learner, make_schedule
 
 SIZE, BS, MOMENTUM = 128, 64, dict(opt='momentum', lr=.3, wd=.001)
 LINES = results/'lesson_imagenette.jsonl'
@@ -68,6 +68,9 @@ def by_hand(learn, epochs)->dict: # what `fit` gives, of a plain loop around the
     return cols | dict(seconds=round(time.time()-start), load=round(os.getloadavg()[0], 1), date=str(date.today()))
 
 
+def fit_or_by_hand(learn, epochs, run): return (by_hand if run == 'hand' else fit)(learn, epochs)
+
+
 def write(lines):
     "The table of all runs."
     lines, order = sorted(lines, key=lambda r: (r['epochs'], list(RUNS).index(r['run']), r['seed'])), dict.fromkeys(RUNS)
@@ -90,19 +93,4 @@ that other work shared (in brackets: its load at the end, of two cores); the run
 """
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser()
-    p.add_argument('folder'); p.add_argument('--run', required=True, choices=RUNS); p.add_argument('--epochs', type=int, default=5)
-    p.add_argument('--seed', type=int, default=42); p.add_argument('--batches', type=int, help='a trial of so many batches')
-    args = p.parse_args(argv)
-    workers = 0 if default_device().type == 'cpu' else 8
-    learn = learner(args, make_data(args.folder, SIZE, BS, args.seed, cache=True, num_workers=workers)[0])
-    print(f'{args.run}, seed {args.seed}, {len(learn.data.train_dl)} batches an epoch', flush=True)
-    if args.batches: return learn.fit(args.epochs, cbs=[Stop(args.batches)])
-    done = (by_hand if args.run == 'hand' else fit)(learn, args.epochs)
-    row = dict(run=args.run, seed=args.seed, epochs=args.epochs, parameters=sum(p.numel() for p in learn.model.parameters()), **done, machine=machine())
-    with open(LINES, 'a') as f: f.write(json.dumps(row) + '\n')
-    write([json.loads(l) for l in LINES.read_text().splitlines()])
-
-
-if __name__ == '__main__': main()
+if __name__ == '__main__': command(RUNS, learner, LINES, write, SIZE, BS, fit_or_by_hand)

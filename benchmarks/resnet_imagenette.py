@@ -5,23 +5,21 @@
 FOLDER has train/ and val/. The images are decoded once, into a cache (650 MB) that later calls find again. A run appends a line to
 results/resnet_imagenette.jsonl and writes results/resnet_imagenette.md anew from all lines. Five epochs of a ResNet take some twenty minutes
 on two idle CPU cores, of the CNN six. `--batches 20` is a trial: it ends after 20 batches, and leaves the results alone."""
-import argparse, json
 from functools import partial
 
 import torch
 from torch.nn import functional as F
 
-from common import machine, results, table
-from imagenette import Stop, fit
+from common import results, table
+from imagenette import command
 from dl2lib.callbacks import AvgStatsCallback, BatchTransformXCallback, ChannelsLastCallback, CudaCallback, ParamScheduler, accuracy
 from dl2lib.convnet import conv_layer, get_cnn_model, init_cnn
-from dl2lib.core import default_device, noop, set_seed
+from dl2lib.core import noop, set_seed
 from dl2lib.datablock import ByteToFloat, norm_imagenette
 from dl2lib.learner import Learner
 from dl2lib.optimizers import adam_opt
 from dl2lib.resnet import get_resnet_model
 from dl2lib.schedules import combine_scheds, cos_1cycle_anneal
-from dl2lib.train import make_data
 
 SIZE, BS, LR, WD, SMOOTHING = 128, 64, 4e-3, .05, .1
 LINES = results/'resnet_imagenette.jsonl'
@@ -69,19 +67,4 @@ def write(lines):
     (results/'resnet_imagenette.md').write_text(f'{head}\n\n{table(header, rows)}\n\n{machines}\n')
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser()
-    p.add_argument('folder'); p.add_argument('--run', required=True, choices=RUNS); p.add_argument('--epochs', type=int, default=5)
-    p.add_argument('--seed', type=int, default=42); p.add_argument('--batches', type=int, help='a trial of so many batches')
-    args = p.parse_args(argv)
-    workers = 0 if default_device().type == 'cpu' else 8
-    learn = learner(args, make_data(args.folder, SIZE, BS, args.seed, cache=True, num_workers=workers)[0])
-    print(f'{args.run}, seed {args.seed}, {len(learn.data.train_dl)} batches an epoch', flush=True)
-    if args.batches: return learn.fit(args.epochs, cbs=[Stop(args.batches)])
-    row = dict(run=args.run, seed=args.seed, epochs=args.epochs, parameters=sum(p.numel() for p in learn.model.parameters()),
-               **fit(learn, args.epochs), machine=machine())
-    with open(LINES, 'a') as f: f.write(json.dumps(row) + '\n')
-    write([json.loads(l) for l in LINES.read_text().splitlines()])
-
-
-if __name__ == '__main__': main()
+if __name__ == '__main__': command(RUNS, learner, LINES, write, SIZE, BS)
