@@ -60,8 +60,9 @@ def write(lines):
     lines = sorted(lines, key=lambda r: (r['epochs'], list(RUNS).index(r['run']), r['seed']))
     rows = [[RUNS[r['run']], f"{r['parameters']:,}", r['seed'], r['epochs'], f"{r['train_loss'][-1]:.3f}", f"{r['valid_loss'][-1]:.3f}",
              ' '.join(f'{v:.3f}' for v in r['valid_accuracy'][:-1]), f"{r['valid_accuracy'][-1]:.3f}", f"{r['seconds']/60:.1f} ({r['load']})"] for r in lines]
-    head = ('# Three networks on Imagenette (second edition: 9,469 training, 3,925 validation images)\n\n' + RECIPE +
-            ' `python benchmarks/resnet_imagenette.py FOLDER --run NAME`. Times are of a machine shared with other work (in brackets: its load at the end).')
+    head = ('# Networks on Imagenette (second edition: 9,469 training, 3,925 validation images)\n\n' + RECIPE +
+            ' `python benchmarks/resnet_imagenette.py FOLDER --run NAME`. One seed: a point is within what chance does. Times are of a machine '
+            'shared with other work (in brackets: its load at the end); both ResNets were halted for a quarter of an hour.')
     header = ['network', 'parameters', 'seed', 'epochs', 'train loss', 'valid loss', 'accuracy after the epochs before', 'validation accuracy', 'minutes (load)']
     machines = '\n\n'.join(dict.fromkeys(r['machine'] for r in lines))
     (results/'resnet_imagenette.md').write_text(f'{head}\n\n{table(header, rows)}\n\n{machines}\n')
