@@ -53,7 +53,7 @@ def _pack(state, kind)->list: # the pieces of a file, in order
     buf = io.BytesIO()
     torch.save(_plain(state), buf)
     head = json.dumps(dict(kind=kind, format=_FORMAT, dl2lib=__version__)).encode()
-    rest = [struct.pack('<I', len(head)), head, buf.getbuffer()]
+    rest = [struct.pack('<I', len(head)), head, buf.getvalue()] # not `getbuffer`, which in an error's traceback crashes Python 3.12.1
     length = struct.pack('<Q', sum(map(len, rest)))
     return [_MAGIC, length, _sha256(length, *rest), *rest]
 
