@@ -897,8 +897,8 @@ def test_an_interrupt_at_any_moment_leaves_the_learner_usable():
     learn.fit(1, CheckpointCallback('fit.ckpt')) # all is imported: half an import is torch's to put right
     for i in range(20):
         stopped, hooks = threading.Event(), Hooks(learn.model, lambda *args: None)
-        def press(delay): # and again, when a fit must long have ended: Python swallows what comes while it forks a worker
-            while not stopped.wait(delay): os.kill(os.getpid(), signal.SIGINT); delay = 5
+        def press(delay): # and again: Python swallows what comes while it forks a worker
+            while not stopped.wait(delay): os.kill(os.getpid(), signal.SIGINT); delay = 1
         presses, cbs = threading.Thread(target=press, args=(rng.uniform(0, 0.4),)), [CheckpointCallback('fit.ckpt', every_batches=5, overwrite=True)] if i % 2 else []
         try:
             presses.start()
