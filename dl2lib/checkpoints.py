@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .callbacks import Callback, CancelEpochException, CancelTrainException, _generators
-from .core import listify, noop
+from .core import interrupt_later, listify, noop
 from .datablock import LabeledData, Paths, _dataset, _vocab, _warn
 from .learner import Learner
 
@@ -428,16 +428,20 @@ Learner.go_on = _go_on
 class _WaitsForBatch(Callback):
     "Lets an interrupt (Ctrl-C) wait until the batch under way is complete. A second one does not wait."
     busy = interrupted = saving = False # whether training batches are under way; an interrupt waits; a file is being written
-    done, before = None, None           # (epoch, batch) completed last, within an epoch's training; the handler of before
+    done, handler = None, None          # (epoch, batch) completed last, within an epoch's training; what interrupts were handled by before
 
     def catch(self):
         handler = signal.getsignal(signal.SIGINT)
         if not callable(handler) or threading.current_thread() is not threading.main_thread(): return
-        self.before = handler
+        self.handler = handler
         signal.signal(signal.SIGINT, self.handle)
 
-    def release(self):
-        if self.before is not None: signal.signal(signal.SIGINT, self.before)
+    def release(self): # handlers are a chain, of `interrupt_later` and others like this one: leave it
+        link = signal.getsignal(signal.SIGINT)
+        if link == self.handle: return signal.signal(signal.SIGINT, self.handler)
+        while isinstance(owner := getattr(link, '__self__', link), (interrupt_later, _WaitsForBatch)):
+            if owner.handler == self.handle: owner.handler = self.handler
+            link = owner.handler
 
     def handle(self, signum, frame):
         run, again, self.interrupted = self.run, self.interrupted, True
@@ -448,13 +452,13 @@ class _WaitsForBatch(Callback):
 
     def interrupt(self, signum=signal.SIGINT, frame=None):
         if not self.interrupted: return
-        self.before(signum, frame) # raises, as a rule; where Python swallows that, as while it forks a worker, the next batch asks again
+        self.handler(signum, frame) # raises, as a rule; where Python swallows that, as while it forks a worker, the next batch asks again
         self.interrupted = False
 
     def begin_batch(self): self.busy = self.run.in_train
     def begin_validate(self): self.busy, self.done = False, None; self.interrupt()
 
-    def __getstate__(self): return super().__getstate__() | dict(before=None)
+    def __getstate__(self): return super().__getstate__() | dict(handler=None)
 
 # %% ../nbs/09e_checkpoints.ipynb #09e_checkpoints-056
 def _due(cb, run): # after a batch of training
@@ -519,7 +523,7 @@ class CheckpointCallback(_WaitsForBatch):
             self.release()
             self.begun = False
         if not heard: self.interrupt()
-        self.interrupted, self.before = False, None
+        self.interrupted, self.handler = False, None
 
 
 def _check_free(path, overwrite): # no fit waits there to go on

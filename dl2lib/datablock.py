@@ -13,12 +13,11 @@ __all__ = ['image_extensions', 'norm_imagenette', 'show_image', 'Paths', 'get_fi
            'CheckError', 'check', 'ByteToFloat', 'normalize_chan', 'Normalizer', 'normalize_to']
 
 # %% ../nbs/08_datablock.ipynb #08_datablock-002
-import copy, csv, hashlib, heapq, math, operator, os, re, signal, stat, sys, threading, time, warnings, zlib
+import copy, csv, hashlib, heapq, math, operator, os, re, signal, stat, sys, time, warnings, zlib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import MutableSequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path, PurePath
@@ -30,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler, default_collate
 
-from .core import ListContainer, Table, compose, draws_nothing, listify, noop, preserve_rng, seed_cpu, setify, uniqueify
+from .core import ListContainer, Table, compose, draws_nothing, interrupt_later, listify, noop, preserve_rng, seed_cpu, setify, uniqueify
 
 # %% ../nbs/08_datablock.ipynb #08_datablock-010
 if not hasattr(Path, 'ls'): Path.ls = lambda self: sorted(self.iterdir())
@@ -863,16 +862,6 @@ def collate(samples # a list of samples, such as pairs of tensor and number
         raise ValueError(f'the samples of a batch cannot be stacked: {listing}: {_remedy(kinds)}. ({e})') from e
 
 # %% ../nbs/08_datablock.ipynb #08_datablock-152
-@contextmanager
-def _interrupt_later(): # Ctrl-C waits: of workers that are half started nobody would know, and nobody would end them
-    handler, pressed = signal.getsignal(signal.SIGINT), []
-    if not callable(handler) or threading.current_thread() is not threading.main_thread(): yield; return
-    signal.signal(signal.SIGINT, lambda *args: pressed.append(args)) # workers keep this one: who ends them is the process that started them
-    try: yield
-    finally: signal.signal(signal.SIGINT, handler)
-    if pressed: handler(*pressed[0])
-
-
 class SeededDataLoader(DataLoader):
     "A loader whose samples depend on (seed, pass, index) alone: not on the workers, nor on what else draws random numbers."
     def __init__(self,
@@ -919,15 +908,18 @@ class SeededDataLoader(DataLoader):
     def __iter__(self):
         at, start, batches = self.n_pass, self.batch_sampler.start, None
         try:
-            with _interrupt_later() if self.num_workers else nullcontext(): batches = super().__iter__()
+            with interrupt_later(): batches = super().__iter__() # of workers that are half started nobody would know
             for i, b in enumerate(batches):
                 if i == 1: self.n_pass = at + self.batch_sampler.shuffle
                 self._live = at, start+i+1
                 yield b
             self.n_pass = at + self.batch_sampler.shuffle
             self._live = None
-        except GeneratorExit: self._live = None; raise # left early: what is counted is counted
-        except (Exception, KeyboardInterrupt) as e: # a reader who leaves early raises neither: then the workers go with `batches`
+        except GeneratorExit: # left early: what is counted is counted
+            self._live = None
+            if not self.persistent_workers: self._stop(batches)
+            raise
+        except (Exception, KeyboardInterrupt) as e:
             dead = self._stop(batches)
             if dead: raise RuntimeError(f'a DataLoader worker died (exit code {dead[0]}), often for want of memory: fewer workers '
                                         'or smaller batches need less, and num_workers=0 needs none') from e.with_traceback(None)
@@ -936,11 +928,14 @@ class SeededDataLoader(DataLoader):
 
     def _stop(self, batches)->list: # send the workers home; the exit codes of those that had died
         workers = getattr(batches, '_workers', [])
-        try: getattr(batches, '_shutdown_workers', noop)()
-        except RuntimeError: pass # torch's signal handler reports a death whatever is being done
-        self._iterator = None     # of persistent workers, kept by torch
-        for w in workers: w.join(5)
-        return [w.exitcode for w in workers if w.exitcode not in (0, None, -signal.SIGTERM)]
+        with interrupt_later():
+            try: getattr(batches, '_shutdown_workers', noop)()
+            except RuntimeError: pass # torch's signal handler reports a death whatever is being done
+            self._iterator = None     # of persistent workers, kept by torch
+            dead = [w.exitcode for w in workers if w.exitcode not in (0, None, -signal.SIGTERM)]
+            for w in workers:
+                if w.is_alive(): w.kill(); w.join() # torch's own end was broken off: it does not begin again
+        return dead
 
 
 def get_dls(train_ds,        # dataset

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .callbacks import Callback
-from .core import ListContainer, Table, listify
+from .core import ListContainer, Table, interrupt_later, listify
 
 # %% ../nbs/06_hooks.ipynb #06_hooks-019
 class Hook:
@@ -58,7 +58,8 @@ class Hooks(ListContainer):
         super().__init__([])
         if isinstance(ms, (nn.Sequential, nn.ModuleList, nn.ModuleDict)): ms = ms.children()
         try:
-            for m in listify(ms): self.items.append(Hook(m, f))
+            with interrupt_later():
+                for m in listify(ms): self.items.append(Hook(m, f))
         except BaseException: self.remove(); raise
 
     def __enter__(self): return self
@@ -70,7 +71,8 @@ class Hooks(ListContainer):
         for h in gone: h.remove()
 
     def remove(self):
-        for h in self: h.remove()
+        with interrupt_later(): # all or none
+            for h in self: h.remove()
 
 # %% ../nbs/06_hooks.ipynb #06_hooks-048
 def append_stats(hook:Hook,   # gets the numbers
@@ -208,7 +210,7 @@ class _Collector(Callback):
         self.names = _pick(self.model, self.modules)
         self.not_reached = set(self.names.values())
         self.has_conv1d = any(isinstance(m, nn.Conv1d) for m in self.model.modules())
-        self.hooks = Hooks(list(self.names), self._look)
+        with interrupt_later(): self.hooks = Hooks(list(self.names), self._look)
 
     def begin_batch(self):
         if self.run.in_train == self.in_train and self.n_seen % self.every == 0: self.at, self.calls = self.n_seen, {}

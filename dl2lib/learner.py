@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .callbacks import AvgStatsCallback, Callback, CancelBatchException, TrainEvalCallback, preserve_order
 from .convnet import get_cnn_model, init_cnn, model_summary
-from .core import compose, listify, noop, preserve_rng
+from .core import compose, interrupt_later, listify, noop, preserve_rng
 from .datablock import ImageList, LabeledData, MultiCategoryProcessor, collate
 from .optimizers import sgd_opt
 from .runner import TrainLoop
@@ -139,8 +139,9 @@ class Learner(_OwnsOpt, TrainLoop):
             self.add_cbs(cbs)
             yield self
         finally:
-            for cb in cbs:
-                if any(cb is o for o in self.cbs) and not any(cb is o for o in before): _drop_cb(self, cb)
+            with interrupt_later():
+                for cb in cbs:
+                    if any(cb is o for o in self.cbs) and not any(cb is o for o in before): _drop_cb(self, cb)
 
     def remove_cbs(self, cbs): # instances, classes (all their instances) or names
         "Take callbacks out, all or none; their names are free again."

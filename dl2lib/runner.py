@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .callbacks import (Callback, CancelBatchException, CancelEpochException, CancelStepException, CancelTrainException, TrainEvalCallback,
                               check_event, events, print_row)
-from .core import listify
+from .core import interrupt_later, listify
 
 # %% ../nbs/04b_runner.ipynb #04b_runner-009
 @dataclass
@@ -88,8 +88,9 @@ def _drop_grads(loop):
     if loop.in_train: loop.opt.zero_grad()
 
 def _let_go(batches, dl): # an iterator's worker processes end now, not when the last traceback that knows it is dropped
-    if hasattr(batches, 'close'): batches.close()
-    if hasattr(batches, '_shutdown_workers') and not getattr(dl, 'persistent_workers', False): batches._shutdown_workers()
+    with interrupt_later():
+        if hasattr(batches, 'close'): batches.close()
+        if hasattr(batches, '_shutdown_workers') and not getattr(dl, 'persistent_workers', False): batches._shutdown_workers()
 
 def _begin_fit(loop, begun): # `begun` collects the callbacks whose turn has come
     for cb in _in_order(loop.cbs):
@@ -107,14 +108,22 @@ def _batches(loop, dl): # -> number of the first batch, iterator
     first, rest, loop.start = loop.start.batch, loop.start.go_on(loop), None
     return first, rest
 
-def _end_fit(loop, begun): # whatever happened: tell `begun` that the fit is over, and return the errors that this raises
-    errors = []
+def _clean_up(loop, begun, grad, errors): # which it collects
     for cb in begun:
         try: cb.answers('after_fit') and loop.tell(cb, 'after_fit')
         except BaseException as e: errors.append(e)
     _drop_grads(loop)
     loop.in_train, loop._answers, loop.start, loop.xb, loop.yb, loop.pred = False, None, None, None, None, None
     if isinstance(loop.loss, torch.Tensor): loop.loss = loop.loss.detach()
+    torch.set_grad_enabled(grad) # an interrupt on the way into `no_grad` has left them off
+
+def _end_fit(loop, begun, grad): # whatever happened: tell `begun` that the fit is over, and return the errors that this raises
+    errors = []
+    try:
+        with interrupt_later(): _clean_up(loop, begun, grad, errors)
+    except BaseException as e: # an interrupt that has waited, most likely
+        e.add_note('raised while the fit was cleaned up')
+        errors.append(e)
     return errors
 
 def _note_batch(loop, e): # on an exception of model, loss or optimizer (a callback's has a note): where it was, and with what
@@ -198,12 +207,12 @@ class TrainLoop(CallbackHost):
         "A fit. `after_fit` comes whatever happens, for each callback whose turn at `begin_fit` had come."
         self.check_fit(epochs)
         for cb in self.cbs: cb.set_runner(self) # another loop may have had it in the meantime
-        self.epochs, self.start, self._answers, begun = epochs, start, _resolve(self.cbs), []
+        self.epochs, self.start, self._answers, begun, grad = epochs, start, _resolve(self.cbs), [], torch.is_grad_enabled()
         try: self.all_epochs(begun)
         except BaseException as e:
-            _note_more(e, _end_fit(self, begun))
+            _note_more(e, _end_fit(self, begun, grad))
             raise
-        errors = _end_fit(self, begun)
+        errors = _end_fit(self, begun, grad)
         if errors: raise _note_more(errors[0], errors[1:])
 
 # %% ../nbs/04b_runner.ipynb #04b_runner-030

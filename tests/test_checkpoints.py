@@ -18,7 +18,7 @@ from dl2lib.callbacks import (AvgStatsCallback, BatchTransformXCallback, Callbac
 from dl2lib.checkpoints import CheckpointCallback, StateFileError, load_checkpoint, read_state, save_checkpoint, unfinished, write_state
 from dl2lib.core import set_seed
 from dl2lib.datablock import CategoryProcessor, DataBunch, Dataset, ItemList, SplitData, get_dls, label_by_func
-from dl2lib.hooks import Hooks
+from dl2lib.hooks import ActivationStats
 from dl2lib.learner import Learner
 from dl2lib.optimizers import adam_opt, sgd_mom_opt, sgd_opt
 from dl2lib.practice import CSVLog, EarlyStopping, GradientAccumulation, GradientClip, KeepBest, MixedPrecision, TrackBest
@@ -892,17 +892,37 @@ def test_a_fit_in_another_thread():
     t.start(); t.join()
     assert not errors and not unfinished('fit.ckpt')
 
+def test_two_of_them_leave_the_handler_of_before():
+    for order in 1, -1:
+        learn, cbs = learner(), [CheckpointCallback(f'{i}.ckpt', overwrite=True) for i in range(2)][::order]
+        learn.fit(1, cbs)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with pytest.raises(KeyboardInterrupt): learn.fit(1, [*cbs, Press('after_loss', 3)])
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert sorted(read_state(f'{i}.ckpt', 'checkpoint')['batch'] for i in range(2)) == [3, 4], 'the one hands the interrupt on to the other, which waits for a batch of its own'
+
+def test_a_second_interrupt_at_the_end_leaves_nothing_behind():
+    class Impatient(Callback):
+        _order = 10
+        def after_fit(self): signal.raise_signal(signal.SIGINT)
+    for press in (Press('after_loss', 3), Callback()):
+        learn, stats = learner(), ActivationStats()
+        with pytest.raises(KeyboardInterrupt): learn.fit(1, [CheckpointCallback('fit.ckpt', overwrite=True), stats, Impatient(), press])
+        assert learn.cbs == [learn.recorder, learn.train_eval] and learn._answers is None
+        assert not any(m._forward_hooks for m in learn.model.modules()) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert unfinished('fit.ckpt') == (type(press) is Press)
+
 def test_an_interrupt_at_any_moment_leaves_the_learner_usable():
     learn, rng = learner(AvgStatsCallback(accuracy), data=seeded(n=300, num_workers=2)), random.Random(5)
-    learn.fit(1, CheckpointCallback('fit.ckpt')) # all is imported: half an import is torch's to put right
+    learn.fit(1, [CheckpointCallback('fit.ckpt'), ActivationStats()]) # all is imported: half an import is torch's to put right
     for i in range(20):
-        stopped, hooks = threading.Event(), Hooks(learn.model, lambda *args: None)
+        stopped = threading.Event()
         def press(delay): # and again: Python swallows what comes while it forks a worker
             while not stopped.wait(delay): os.kill(os.getpid(), signal.SIGINT); delay = 1
-        presses, cbs = threading.Thread(target=press, args=(rng.uniform(0, 0.4),)), [CheckpointCallback('fit.ckpt', every_batches=5, overwrite=True)] if i % 2 else []
+        presses, cbs = threading.Thread(target=press, args=(rng.uniform(0, 0.4),)), [ActivationStats()] + [CheckpointCallback('fit.ckpt', every_batches=5, overwrite=True)]*(i % 2)
         try:
             presses.start()
-            with hooks: learn.fit(1000, cbs)
+            learn.fit(1000, cbs)
         except KeyboardInterrupt: pass
         finally: stopped.set(); presses.join()
         assert not learn.in_train and learn._answers is None and learn.cbs == [learn.recorder, learn.avg_stats, learn.train_eval]

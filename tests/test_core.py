@@ -1,5 +1,5 @@
 "core: properties, bad input, and what a caller must find as it was left, also after an error."
-import collections, itertools, pickle, random, re, subprocess, sys
+import collections, itertools, os, pickle, random, re, signal, subprocess, sys, threading
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dl2lib import core
-from dl2lib.core import (ListContainer, camel2snake, compose, default_device, listify, noop, preserve_mode, preserve_rng, set_seed,
+from dl2lib.core import (ListContainer, camel2snake, compose, default_device, interrupt_later, listify, noop, preserve_mode, preserve_rng, set_seed,
                          setify, to_device, uniqueify)
 
 has_cuda = torch.cuda.is_available()
@@ -380,6 +380,97 @@ def test_preserve_mode(dropout, inside):
 def test_preserve_mode_does_not_swallow_errors(dropout):
     with pytest.raises(KeyError, match='mine'):
         with preserve_mode(dropout): raise KeyError('mine')
+
+
+# Interrupts
+
+def press(): signal.raise_signal(signal.SIGINT)
+
+@pytest.fixture
+def usual(): # the handler; what runs in the background ignores interrupts from the start
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+def test_an_interrupt_waits_and_comes(usual):
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        with interrupt_later():
+            for i in range(3): press(); done.append(i)
+    assert done == [0, 1, 2]
+    with interrupt_later(): pass
+    with pytest.raises(KeyboardInterrupt): press()
+
+def test_an_interrupt_that_waits_comes_after_an_error_and_keeps_it(usual):
+    with pytest.raises(KeyboardInterrupt) as e:
+        with interrupt_later(): press(); raise OSError('full')
+    assert str(e.value.__context__) == 'full'
+    with pytest.raises(OSError, match='full'):
+        with interrupt_later(): raise OSError('full')
+
+def test_an_interrupt_of_nested_blocks_waits_for_the_outermost(usual):
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        with interrupt_later():
+            with interrupt_later(): press(); done.append('inner')
+            done.append('outer')
+    assert done == ['inner', 'outer']
+
+def test_every_interrupt_that_waits_is_handed_on():
+    seen = []
+    before = signal.signal(signal.SIGINT, lambda *args: seen.append(args))
+    try:
+        with interrupt_later(): press(); press(); assert not seen
+        assert seen == [(signal.SIGINT, None)]*2
+    finally: signal.signal(signal.SIGINT, before)
+
+def test_an_interrupt_does_not_wait_for_ever(usual, monkeypatch):
+    clock, done = [0.], []
+    monkeypatch.setattr(core.time, 'monotonic', lambda: clock[0])
+    with pytest.raises(KeyboardInterrupt):
+        with interrupt_later(limit=10):
+            for clock[0] in (100, 105, 109.9, 110, 111): press(); done.append(clock[0])
+    assert done == [100, 105, 109.9]
+    with pytest.raises(KeyboardInterrupt):
+        with interrupt_later(limit=0): press(); done.append('one may wait'); press(); done.append('two may not')
+    assert done[3:] == ['one may wait']
+
+@pytest.mark.parametrize('handler', [signal.SIG_IGN, signal.SIG_DFL])
+def test_where_no_python_handles_interrupts_nothing_changes(usual, handler):
+    signal.signal(signal.SIGINT, handler)
+    with interrupt_later():
+        assert signal.getsignal(signal.SIGINT) is handler
+        if handler is signal.SIG_IGN: press()
+    assert signal.signal(signal.SIGINT, signal.default_int_handler) is handler
+
+def test_in_another_thread_nothing_changes(usual):
+    seen = []
+    def work():
+        with interrupt_later(): seen.append(signal.getsignal(signal.SIGINT))
+    t = threading.Thread(target=work)
+    t.start(); t.join()
+    assert seen == [signal.default_int_handler]
+
+def test_a_handler_that_is_changed_within_stays_and_gets_what_waits(usual):
+    seen = []
+    def mine(*args): seen.append(args)
+    with interrupt_later(): press(); signal.signal(signal.SIGINT, mine); assert not seen
+    assert signal.signal(signal.SIGINT, signal.default_int_handler) is mine and len(seen) == 1
+
+def test_a_handler_that_somebody_has_kept_passes_interrupts_on(usual):
+    with interrupt_later() as later: pass
+    signal.signal(signal.SIGINT, later)
+    with pytest.raises(KeyboardInterrupt): press()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def test_a_process_forked_within_ignores_interrupts(usual):
+    with interrupt_later(limit=0):
+        pid = os.fork()
+        if not pid:
+            try: press(); press(); os._exit(7)
+            finally: os._exit(8)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
 
 
 # CUDA

@@ -808,6 +808,47 @@ def test_a_loop_left_early_leaves_no_process_behind(persistent):
     del it, dl
     assert no_children()
 
+@pytest.fixture
+def impatient(monkeypatch): # whoever presses Ctrl-C once presses again, at every step of torch's clean-up
+    iterator, presses = torch.utils.data.dataloader._MultiProcessingDataLoaderIter, []
+    def pressing(f):
+        def g(*args, **kwargs): presses.append(f); signal.raise_signal(signal.SIGINT); return f(*args, **kwargs)
+        return g
+    monkeypatch.setattr(iterator, '_mark_worker_as_unavailable', pressing(iterator._mark_worker_as_unavailable))
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, 'join', pressing(multiprocessing.process.BaseProcess.join))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield presses
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+@pytest.mark.parametrize('how, persistent', [('end', False), ('left', False), *itertools.product(['error', 'interrupt', 'killed', 'started'], [False, True])])
+def test_interrupts_of_the_clean_up_leave_no_process_behind(impatient, monkeypatch, how, persistent):
+    def strike(i):
+        if how == 'error' and i == 13: raise RuntimeError('unlucky')
+        if how == 'killed' and i == 13: os.kill(os.getpid(), signal.SIGKILL)
+        return i
+    dl, _ = get_dls(Dataset(ItemList(list(range(40)), tfms=[strike]), range(40)), None, bs=2, seed=0, num_workers=2, persistent_workers=persistent)
+    if how == 'started':
+        start = multiprocessing.process.BaseProcess.start
+        monkeypatch.setattr(multiprocessing.process.BaseProcess, 'start', lambda p: (start(p), impatient.append(p), signal.raise_signal(signal.SIGINT)))
+    def use():
+        batches = iter(dl)
+        for i, b in enumerate(batches):
+            if i == 3 and how == 'left': batches.close()
+            if i == 3 and how == 'interrupt': monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, '_next_data', lambda self: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt): use()
+    assert impatient and no_children(2)
+
+def test_a_clean_up_that_was_broken_off_is_brought_to_its_end(monkeypatch):
+    "Torch does not begin again, and its workers would live on."
+    dl, _ = get_dls(Dataset(range(40), range(40)), None, bs=2, seed=0, num_workers=2)
+    batches = iter(dl)
+    next(batches)
+    inner = batches.gi_frame.f_locals['batches']
+    inner._shutdown = True                    # as if it had begun
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    assert no_children(2)
+
 def test_error_in_the_middle_of_a_pass_does_not_count_it_twice_nor_undo_it():
     ds = Dataset(ItemList(list(range(40)), tfms=[Fails('raise')]), range(40))
     dl, _ = get_dls(ds, None, bs=4, seed=0)

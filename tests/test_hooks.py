@@ -1,7 +1,7 @@
 """Proves that hooks see what torch computes, against numpy; that they let go after every kind of error; that `find_modules`
 finds what an independent walk finds, in models of any shape; and that ActivationStats counts right, changes nothing, waits for
 no device (shown on a simulated CUDA device too), and draws what it counted."""
-import copy, gc, math, pickle, random, weakref
+import copy, gc, math, pickle, random, signal, weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -594,6 +594,17 @@ def test_an_interrupt_in_the_middle_of_a_layers_statistics_leaves_what_can_be_re
     model, stats = relu_net(), ActivationStats()
     with pytest.raises(KeyboardInterrupt): fit(model, batches(), stats)
     assert n_hooks(model) == 0 and stats.means.isnan().tolist() == [[False]*3, [False, False, True]] and stats.summary() and stats.dead_units()
+
+@pytest.mark.parametrize('what', ['set', 'remove'])
+def test_an_interrupt_leaves_no_hook_of_several(monkeypatch, what):
+    real = hooks.Hook if what == 'set' else hooks.Hook.remove
+    def pressed(*args): signal.raise_signal(signal.SIGINT); return real(*args)
+    before, model = signal.signal(signal.SIGINT, signal.default_int_handler), nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.ReLU())
+    try:
+        monkeypatch.setattr(*((hooks, 'Hook') if what == 'set' else (hooks.Hook, 'remove')), pressed)
+        with pytest.raises(KeyboardInterrupt), Hooks(model, lambda *args: None): pass
+        assert not any(m._forward_hooks for m in model)
+    finally: signal.signal(signal.SIGINT, before)
 
 def test_other_hooks_stay_and_the_model_is_let_go():
     model, stats, calls = relu_net(), ActivationStats(), []

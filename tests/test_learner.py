@@ -1,5 +1,5 @@
 "The Learner: all that holds of the Runner, callbacks for one fit, the optimizer it makes, validating, predicting, and bad input."
-import copy, importlib.util, math, pickle, random
+import copy, importlib.util, math, pickle, random, signal
 from functools import partial
 from types import SimpleNamespace
 
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import test_runner as runner_tests
+from dl2lib import learner as learner_mod
 from dl2lib.callbacks import (AvgStatsCallback, BatchTransformXCallback, Callback, CancelBatchException, CancelEpochException,
                               CancelTrainException, ChannelsLastCallback, CudaCallback, ParamScheduler, Recorder,
                               TrainEvalCallback, accuracy, events)
@@ -643,6 +644,15 @@ def test_no_validation_set_and_no_batch():
         with pytest.raises(ValueError, match='data.valid_dl is None: .*give a loader'): f()
         with pytest.raises(ValueError, match='the loader has no batch'): f([])
         f(learn.data.train_dl)
+
+def test_an_interrupt_while_callbacks_go_removes_all_of_them(interruptible, monkeypatch):
+    drop = learner_mod._drop_cb
+    def pressed(*args): signal.raise_signal(signal.SIGINT); drop(*args)
+    monkeypatch.setattr(learner_mod, '_drop_cb', pressed)
+    learn = make()
+    before = list(learn.cbs)
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, [Recorder(), Recorder()])
+    assert learn.cbs == before and not hasattr(learn, 'recorder')
 
 def test_an_interrupt_while_predicting_leaves_no_worker(interruptible):
     import multiprocessing, time

@@ -28,6 +28,14 @@ class Log(Callback):
 for _e, _l in LETTER.items(): setattr(Log, _e, lambda self, l=_l: setattr(self, 'log', self.log+l))
 
 
+@pytest.fixture
+def interruptible():
+    "What runs in the background ignores SIGINT from the start."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Raiser(Callback):
     "Raises `exc` the first time that `event` comes, in training or in validation."
     def __init__(self, event, exc, in_train=None):
@@ -329,6 +337,39 @@ def test_the_first_exception_comes_out_with_a_note_of_what_after_fit_raised():
     assert log.log == packed('F E bp f')
     assert e.value.__notes__ == ['raised by Both in after_loss', "then ValueError('cannot close'), raised by Both in after_fit"]
 
+def press(): signal.raise_signal(signal.SIGINT)
+
+def test_an_interrupt_on_the_way_into_validation_leaves_gradients_on(monkeypatch, interruptible):
+    "It comes when `no_grad` has switched them off, and its block has not begun: nobody would switch them on again."
+    class Interrupted(torch.no_grad):
+        def __enter__(self): super().__enter__(); press()
+    learn, run = bundle(), Runner()
+    monkeypatch.setattr(torch, 'no_grad', Interrupted)
+    with pytest.raises(KeyboardInterrupt): run.fit(1, learn)
+    monkeypatch.undo()
+    assert torch.is_grad_enabled()
+    run.fit(1, learn)
+
+def test_a_second_interrupt_does_not_break_off_the_end_of_a_fit(interruptible):
+    class Impatient(Callback):
+        def after_loss(self): press()
+        def after_fit(self): press(); self.first = True; press(); self.second = True
+    cb, log, learn = Impatient(), Log(order=9), bundle()
+    run = Runner(cbs=[cb, log])
+    with pytest.raises(KeyboardInterrupt) as e: run.fit(1, learn)
+    assert log.log == packed('F E bp f') and cb.first and cb.second
+    assert e.value.__notes__ == ['raised by Impatient in after_loss', 'then KeyboardInterrupt(), raised while the fit was cleaned up']
+    check_clean(learn, run)
+
+def test_an_interrupt_at_the_end_of_a_fit_comes_out_when_all_is_done(interruptible):
+    class Late(Callback):
+        def after_fit(self): press()
+    log, learn = Log(order=9), bundle()
+    run = Runner(cbs=[Late(), log])
+    with pytest.raises(KeyboardInterrupt): run.fit(1, learn)
+    assert log.log == packed(PLAIN)
+    check_clean(learn, run)
+
 def test_a_fit_within_a_fit_is_refused():
     learn = bundle()
     class Nested(Callback):
@@ -349,13 +390,6 @@ class Samples(Dataset):
 def fail_in_worker(): raise OSError('sample 17 is torn')
 def interrupt_parent(): os.kill(os.getppid(), signal.SIGINT); time.sleep(0.2)
 
-@pytest.fixture
-def interruptible():
-    "What runs in the background ignores SIGINT from the start."
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
 @pytest.mark.parametrize('how, exc', [('callback', ValueError), ('worker', OSError), ('interrupt', KeyboardInterrupt)])
 def test_no_worker_outlives_a_fit_that_is_broken_off(how, exc, interruptible):
     ds = dict(callback=Samples(), worker=Samples(17, fail_in_worker), interrupt=Samples(17, interrupt_parent))[how]
@@ -367,6 +401,16 @@ def test_no_worker_outlives_a_fit_that_is_broken_off(how, exc, interruptible):
     end = time.time()+5
     while (left := set(multiprocessing.active_children())-before) and time.time() < end: time.sleep(0.05)
     assert not left and kept.value is not None
+
+def test_a_second_interrupt_leaves_no_worker_of_a_foreign_loader_behind(interruptible, monkeypatch):
+    "It comes while torch ends the workers."
+    iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    mark, learn = iterator._mark_worker_as_unavailable, bundle(valid=False)
+    monkeypatch.setattr(iterator, '_mark_worker_as_unavailable', lambda *args, **kwargs: (press(), mark(*args, **kwargs)))
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, 'terminate', lambda p: press()) # torch's last means
+    learn.data.train_dl = DataLoader(Samples(), batch_size=4, num_workers=2)
+    with pytest.raises(KeyboardInterrupt): Runner(cbs=Raiser('after_step', KeyboardInterrupt())).fit(1, learn)
+    assert not multiprocessing.active_children()
 
 def test_persistent_workers_survive_a_cancelled_epoch():
     learn = bundle(valid=False)
