@@ -200,7 +200,7 @@ def seed_cpu(seed:int)->None: # 0 to 2**64-1; NumPy gets the lower 32 bits
     "Seed the CPU's generators alone, in microseconds: for what is seeded again and again, as each sample of a loader."
     random.seed(seed); np.random.seed(seed % 2**32); torch.default_generator.manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #00_core-085
+# %% ../nbs/00_core.ipynb #00_core-086
 def _device_rng():
     "A function that puts the generators of the devices back where they stand now."
     seed, cuda, mps = torch.initial_seed(), torch.cuda.is_initialized(), torch.backends.mps.is_available()
@@ -222,14 +222,14 @@ def preserve_rng(cuda=True): # the generators of CUDA and MPS devices too; CUDA 
         on_device() # before the CPU's: it asks whether that was seeded meanwhile
         random.setstate(states[0]); np.random.set_state(states[1]); torch.set_rng_state(states[2])
 
-# %% ../nbs/00_core.ipynb #00_core-093
+# %% ../nbs/00_core.ipynb #00_core-094
 def draws_nothing(f # a function, a `partial` of one, or an object that is called
                  )->bool:
     "Whether `f`, or its own class, says `random = False`: it draws no random numbers, and needs no seeding."
     f = f.func if isinstance(f, partial) else f
     return getattr(f, '__dict__', {}).get('random', vars(type(f)).get('random')) is False
 
-# %% ../nbs/00_core.ipynb #00_core-098
+# %% ../nbs/00_core.ipynb #00_core-099
 @contextmanager
 def preserve_mode(model:nn.Module): # its modules may be in different modes
     "Within it, switch `model` between training and evaluation as you like: afterwards each of its modules is as it was."
@@ -238,7 +238,7 @@ def preserve_mode(model:nn.Module): # its modules may be in different modes
     finally:
         for m, mode in modes: m.training = mode
 
-# %% ../nbs/00_core.ipynb #00_core-103
+# %% ../nbs/00_core.ipynb #00_core-104
 class interrupt_later:
     """Within it an interrupt (Ctrl-C) waits for the end, so that no clean-up is left half done. A process that is forked there ignores interrupts:
     who started it ends it. In threads other than the main one, which gets them all, nothing changes."""

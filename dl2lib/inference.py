@@ -233,7 +233,7 @@ def confusion_matrix(learn:Learner,
     c, actual = len(seen.names), torch.tensor([int(y) for y in ds.y])
     return ConfusionMatrix(torch.bincount(actual*c + seen.scores.argmax(1), minlength=c*c).reshape(c, c), seen.names)
 
-# %% ../nbs/09f_inference.ipynb #09f_inference-031
+# %% ../nbs/09f_inference.ipynb #09f_inference-032
 def _predict_files(learn, paths,   # of images
                    bs=64,          # images in a batch
                    **kwargs,       # for torch's `DataLoader`, such as num_workers
@@ -254,7 +254,7 @@ def _predict_files(learn, paths,   # of images
 Learner.predict_files = _predict_files
 Learner.vocab = property(lambda self: _vocab_of(_labelled(self, 'vocab')), doc='The labels, in the order of their numbers.')
 
-# %% ../nbs/09f_inference.ipynb #09f_inference-039
+# %% ../nbs/09f_inference.ipynb #09f_inference-040
 _classes = CategoryProcessor, MultiCategoryProcessor, BatchTransformXCallback, ChannelsLastCallback, MixedPrecision # beside modules and transforms
 _of_torch = 'relu', 'sigmoid', 'tanh', 'flatten'
 
@@ -288,7 +288,7 @@ def _named_so(name:str): # the class or function that a file calls so
         if o is not None and _name_of(o) == name: return o
     raise ValueError(f'it names {name!r}, and that is no layer, transform or function that this dl2lib and this torch let a file name')
 
-# %% ../nbs/09f_inference.ipynb #09f_inference-042
+# %% ../nbs/09f_inference.ipynb #09f_inference-043
 class _Unknown(ValueError): "What cannot be described by names and plain arguments; the message says where it stands and what it is."
 
 _holders = nn.Sequential, nn.ModuleList, nn.ModuleDict
@@ -329,7 +329,7 @@ def _describe(o, at='it'): # by names and plain arguments; `at`: where it stands
     if type(o) in _holders: return {'class': name, 'children': {k: _describe(c, f'{at}.{k}') for k, c in o._modules.items()}}
     return {'class': name, 'args': {k: _describe(v, f'{at}.{k}') for k, v in _args(o, at).items()}}
 
-# %% ../nbs/09f_inference.ipynb #09f_inference-045
+# %% ../nbs/09f_inference.ipynb #09f_inference-046
 def _build(d, own): # from a description; `own`: a function that gives the user's own parts
     if isinstance(d, (list, tuple)): return type(d)(_build(v, own) for v in d)
     if not isinstance(d, dict): return d
@@ -343,7 +343,7 @@ def _build(d, own): # from a description; `own`: a function that gives the user'
     try: return cls(**parts)
     except (TypeError, ValueError) as e: raise ValueError(f'{d["class"]} cannot be made with {parts} here: {e}') from e
 
-# %% ../nbs/09f_inference.ipynb #09f_inference-048
+# %% ../nbs/09f_inference.ipynb #09f_inference-049
 def _weights(model): return {k: _kept(v) for k, v in model.state_dict().items()} # on the CPU, without what else lies in their memory
 
 
@@ -375,7 +375,7 @@ def _describe_model(model, weights)->tuple: # description, or None; why there is
         return d, ''
     except (ValueError, RuntimeError, TypeError) as e: return None, str(e)
 
-# %% ../nbs/09f_inference.ipynb #09f_inference-051
+# %% ../nbs/09f_inference.ipynb #09f_inference-052
 def _own_name(o): # of a transform of the user's: of the function, or of the class
     while isinstance(o, partial): o = o.func
     return getattr(o, '__name__', None) or type(o).__name__
@@ -416,7 +416,7 @@ def _own_in(d)->list: # descriptions in a state, in the order in which they are 
     if isinstance(d, dict): return [d] if 'own' in d else _own_in(list(d.values()))
     return [o for v in d for o in _own_in(v)] if isinstance(d, (list, tuple)) else []
 
-# %% ../nbs/09f_inference.ipynb #09f_inference-054
+# %% ../nbs/09f_inference.ipynb #09f_inference-055
 def _exportable(learn)->LabeledData: # the data whose transforms and labels go into the file
     ds = _labelled(learn, 'export')
     il, procs = getattr(ds.x, 'uncached', ds.x), listify(ds.proc_y)
@@ -443,7 +443,7 @@ def _describe_cb(cb, owns): # of a callback that prepares batches; None for one 
         return {'class': 'dl2lib.callbacks.BatchTransformXCallback', 'args': {'tfm': tfms}}
     return _describe(cb, 'export: a callback') if isinstance(cb, (ChannelsLastCallback, MixedPrecision)) else None
 
-# %% ../nbs/09f_inference.ipynb #09f_inference-056
+# %% ../nbs/09f_inference.ipynb #09f_inference-057
 def _test_image(il): # coloured patches, as its images are: PIL, or bytes; None where they are neither
     with preserve_rng():
         raw = il.get(il.items[0])
@@ -475,7 +475,7 @@ def _check_twin(learn, twin, items): # both are to give the same, on a CPU to th
                            f'{(a-b).abs().max():.2g}: something beside weights, transforms and callbacks has a say, such as a hook, or what was '
                            'changed in a layer or transform after it was made')
 
-# %% ../nbs/09f_inference.ipynb #09f_inference-059
+# %% ../nbs/09f_inference.ipynb #09f_inference-060
 def _no_loss(pred, targ): raise RuntimeError('an inference file holds no loss function: to train on, give learn.loss_func and learn.data')
 
 
@@ -488,7 +488,7 @@ def _assemble(state, own, model, device)->Learner:
     cbs = [CudaCallback(device), *(_build(d, own) for d in state['callbacks'])]
     return Learner(to_device(model, device), DataBunch(dl, dl, state['c_in'], state['c_out']), _no_loss, cbs=cbs)
 
-# %% ../nbs/09f_inference.ipynb #09f_inference-060
+# %% ../nbs/09f_inference.ipynb #09f_inference-061
 def _describe_learner(learn, owns)->dict:
     ds = _exportable(learn)
     il, weights = getattr(ds.x, 'uncached', ds.x), _weights(learn.model)
@@ -520,7 +520,7 @@ def _export(learn, path # a file
 
 Learner.export = _export
 
-# %% ../nbs/09f_inference.ipynb #09f_inference-061
+# %% ../nbs/09f_inference.ipynb #09f_inference-062
 def _loaded_model(state, model)->nn.Module: # with the weights
     if model is None and state['model'] is None:
         raise ValueError(f'it holds weights, but no description of the model ({state["why"]}): give an instance, load_learner(path, model=...)')

@@ -243,7 +243,7 @@ def _get_preds(learn, dl=None # a loader; None: the validation set
 
 Learner.get_preds = _get_preds
 
-# %% ../nbs/09b_learner.ipynb #09b_learner-043
+# %% ../nbs/09b_learner.ipynb #09b_learner-044
 Prediction = namedtuple('Prediction', 'label idx probs')
 Prediction.__doc__ = 'What `Learner.predict` gives: label, index of its class, probabilities (classes,); with several labels, lists of the first two.'
 

@@ -35,6 +35,19 @@ def _pooled(parts)->tuple: # results of `_moments`; mean and deviation of all th
     return mean, math.sqrt(sum(sq + k*(m-mean)**2 for k, m, sq in parts)/(n-1))
 
 # %% ../nbs/07a_lsuv.ipynb #07a_lsuv-024
+def _get_bias(m:nn.Module): # a tensor or a number, if it can be set; else None
+    try: b = m.bias
+    except (AttributeError, TypeError): return None # none, or ConvLayer(sub=None)
+    if isinstance(b, bool) or not isinstance(b, (Tensor, Number)): return None
+    prop = getattr(type(m), 'bias', None)
+    return None if isinstance(prop, property) and prop.fset is None and b is not m.bias else b
+
+def _set_bias(m:nn.Module, v): # a tensor or a number
+    b = m.bias
+    if isinstance(b, Tensor) and b is m.bias: b.copy_(_diffused(v, b.dtype)) # a parameter or buffer: in place
+    else: m.bias = v                                                          # a number, or a property
+
+# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-027
 _half = torch.float16, torch.bfloat16
 
 def _diffused(v:Tensor,          # wanted values
@@ -47,19 +60,6 @@ def _diffused(v:Tensor,          # wanted values
         res.append(torch.tensor(x + carry, dtype=dtype).item())
         carry += x - res[-1]
     return torch.tensor(res, dtype=dtype, device=v.device)
-
-# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-025
-def _get_bias(m:nn.Module): # a tensor or a number, if it can be set; else None
-    try: b = m.bias
-    except (AttributeError, TypeError): return None # none, or ConvLayer(sub=None)
-    if isinstance(b, bool) or not isinstance(b, (Tensor, Number)): return None
-    prop = getattr(type(m), 'bias', None)
-    return None if isinstance(prop, property) and prop.fset is None and b is not m.bias else b
-
-def _set_bias(m:nn.Module, v): # a tensor or a number
-    b = m.bias
-    if isinstance(b, Tensor) and b is m.bias: b.copy_(_diffused(v, b.dtype)) # a parameter or buffer: in place
-    else: m.bias = v                                                          # a number, or a property
 
 # %% ../nbs/07a_lsuv.ipynb #07a_lsuv-030
 def _all_buffers(m)->dict: # (module, name) to a buffer
@@ -166,7 +166,7 @@ class _CurvedLayer(_Layer):
         super().put(w, b)
         if self.fine is not None: self.fine.copy_(_diffused(self.fine0.float() + self.nudge, self.fine.dtype))
 
-# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-038
+# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-039
 def _rng_state(t:Tensor)->tuple: # of every generator that a layer on the device of `t` may draw from
     cuda = torch.cuda.get_rng_state(t.device) if t.device.type == 'cuda' else None
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
@@ -179,7 +179,7 @@ def _cloned(args, kwargs): # a layer may change its input in place
     c = lambda o: o.clone() if isinstance(o, Tensor) else o
     return tuple(map(c, args)), {k: c(v) for k, v in kwargs.items()}
 
-# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-041
+# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-042
 def _names(model)->dict: # module to name
     return {m: k or '(the model)' for k, m in model.named_modules()}
 
@@ -196,7 +196,7 @@ def _shape(b): return f'of shape {tuple(b.shape)} and {b.dtype}' if isinstance(b
 def _tensor(out): # what of a layer's output is measured: attention gives a tuple
     return out[0] if isinstance(out, tuple) and out else out
 
-# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-042
+# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-043
 class _Passes:
     "Forward passes of a model, each from the same random state and buffers, in which hooks look at layers."
     def __init__(self, model, layers, batches, buffers):
@@ -246,7 +246,7 @@ class _Passes:
         for l in self.layers: l.mean, l.std = _pooled([o for _, o in l.seen])
         return list(order)
 
-# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-045
+# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-046
 def _trouble(l, args, y, mean, std)->str: # why layer `l` cannot be set on its output `y`; '' if it can
     if not torch.isfinite(l.w).all(): return 'its weight holds NaN or infinity: initialize it first'
     if not all(torch.isfinite(a).all() for a in args if isinstance(a, Tensor) and a.is_floating_point()):
@@ -263,7 +263,7 @@ def _uses(l, n_batches)->str: # why `l` is refused for how often it was reached;
     if max(n) > 1: return f'used {max(n)} times in a forward pass, and one weight cannot suit them all: leave it out, or make copies'
     return '' if min(n) else f'reached by {sum(n)} of {n_batches} batches only: give batches that reach it'
 
-# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-048
+# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-050
 class _Run(_Passes):
     "Measure all layers, set them in one forward pass, look again."
     def __init__(self, *args, tol, max_iter):
@@ -316,7 +316,7 @@ class _Run(_Passes):
                 l.restore()
         self.measure()
 
-# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-051
+# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-053
 def _pick(model, modules)->list: # each once
     if modules is None: cond = is_lin_layer
     elif isinstance(modules, type): cond = lambda o: isinstance(o, modules)
@@ -351,7 +351,7 @@ def _layers(model, modules, buffers, mean)->list:
         layers.append(l)
     return layers
 
-# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-052
+# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-054
 def _inputs(x, n_batches)->list:
     "The inputs that the model is to be run on: `x`, or those of its batches."
     if isinstance(x, (Tensor, dict)): return [x]
@@ -373,7 +373,7 @@ def _check_finite(batches, layers)->list: # the batches
                                  'can be set; the model is as it was. Leave out the items that hold them')
     return batches
 
-# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-055
+# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-057
 @dataclass
 class LSUVRow:
     "One layer in an `LSUVReport`. Before: in the model as it came. After: in the model as it is left. NaN where it was not reached."
@@ -393,7 +393,7 @@ class LSUVRow:
                 for o in (self.mean_before, self.std_before, self.mean, self.std)]
         return [self.name, self.kind, *nums, str(self.passes), f'{self.state}: {self.why}' if self.why else self.state]
 
-# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-056
+# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-058
 class LSUVReport(ListContainer):
     "What `lsuv_init` did: an `LSUVRow` for each layer, in the order of the forward pass. It prints as a table, and `plot` draws it."
     header = ['layer', 'kind', 'mean before', 'std before', 'mean', 'std', 'passes', 'state']
@@ -436,7 +436,7 @@ class LSUVReport(ListContainer):
         axs[1].legend()
         return fig
 
-# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-058
+# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-060
 def _orthonormal(shape, device)->Tensor: # float32; seen as a matrix, its rows are orthonormal, or its columns, if there are more rows
     "The random weight that `nn.init.orthogonal_` gives; by Cholesky, which is several times quicker, where the matrix is far from square."
     rows, cols = shape[0], math.prod(shape[1:])
@@ -454,7 +454,7 @@ def _start_orthonormal(l:_Layer):
     l.base = q.transpose(0, 1) if flip else q
     l.write()
 
-# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-061
+# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-063
 def _report(run, orthonormal, mean)->LSUVReport:
     n, order = len(run.batches), run.measure()
     for l in run.layers: l.before, l.why = (l.mean, l.std), l.why or _uses(l, n)
@@ -491,7 +491,7 @@ def lsuv_init(model:nn.Module,   # its weights are changed in place
             for l in layers: l.restore()
             raise
 
-# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-075
+# %% ../nbs/07a_lsuv.ipynb #07a_lsuv-077
 def lsuv_module(model:nn.Module, # its forward pass is run
                 m:nn.Module,     # the layer in it that is set, in place
                 xb,              # a batch, or what else `lsuv_init` takes

@@ -40,7 +40,7 @@ weight_decay.formula = r'p \leftarrow (1-\eta\lambda)\, p'
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-013
 def l2_reg(p:Tensor, wd:float, **kwargs): # p: its gradient is replaced for this step
-    r"The gradient of $\frac\lambda2|p|^2$, added before the stats see it: $g \leftarrow g + \lambda p$."
+    r"The gradient of $\frac\lambda2|p|^2$, added before anything looks at it: $g \leftarrow g + \lambda p$."
     if wd: p.grad = p.grad.add(p.data, alpha=wd)
     return p
 

@@ -74,7 +74,7 @@ class GradientAccumulation(Callback):
         torch._foreach_div_([p.grad for p in self.model.parameters() if p.grad is not None], self.samples)
         self._reset()
 
-# %% ../nbs/09d_practice.ipynb #09d_practice-020
+# %% ../nbs/09d_practice.ipynb #09d_practice-022
 class MixedPrecision(Callback):
     "Model and loss in 16 bits where that is safe, in a fit; float16 with scaled gradients (arXiv 1710.03740), which reads from the device once a step."
     _order = 30
@@ -129,7 +129,7 @@ class MixedPrecision(Callback):
         if state['dtype'] != str(self.dtype): raise ValueError(f'its type was {state["dtype"]}, and is {self.dtype}')
         if self.scaler is not None: self.scaler.load_state_dict(state['scaler'])
 
-# %% ../nbs/09d_practice.ipynb #09d_practice-026
+# %% ../nbs/09d_practice.ipynb #09d_practice-028
 def _stats(cb): # the AvgStatsCallback beside it
     res = next((o for o in cb.run.cbs if isinstance(o, AvgStatsCallback)), None)
     if res is None: raise ValueError(f'{type(cb).__name__} needs an AvgStatsCallback, whose averages it reads')
@@ -163,7 +163,7 @@ class TrackBest(Callback):
         self.improved = gain > self.min_delta
         if self.improved: self.best, self.best_epoch = self.best + gain if math.isfinite(self.best) else (-v if self.lower else v), self.epoch
 
-# %% ../nbs/09d_practice.ipynb #09d_practice-028
+# %% ../nbs/09d_practice.ipynb #09d_practice-030
 class EarlyStopping(TrackBest):
     "Ends the fit after `patience` epochs without a better one."
     _order = 60
@@ -192,7 +192,7 @@ class KeepBest(TrackBest):
     def after_fit(self):
         if self.__dict__.get('state') is not None: self.model.load_state_dict(self.state)
 
-# %% ../nbs/09d_practice.ipynb #09d_practice-031
+# %% ../nbs/09d_practice.ipynb #09d_practice-033
 def _csv(row)->str:
     out = io.StringIO(newline='')
     csv.writer(out).writerow(row)
@@ -237,7 +237,7 @@ class CSVLog(Callback):
         _check_tail(self.path, there[self.at:].decode(errors='replace'), self.text)
         with open(self.path, 'r+b') as f: f.seek(self.at); f.write(mine); f.truncate()
 
-# %% ../nbs/09d_practice.ipynb #09d_practice-034
+# %% ../nbs/09d_practice.ipynb #09d_practice-036
 class NonFiniteError(FloatingPointError):
     "A training loss that is not finite. `layer`: its name in the model, or None; `samples`: positions in the batch."
     layer, samples = None, ()
@@ -266,7 +266,7 @@ def _first_bad_layer(model, xb): # name, samples; or None and nothing
     with torch.no_grad(), preserve_rng(), _preserve_buffers(model), Hooks(leaves, look): model(xb)
     return found[0] if found else (None, [])
 
-# %% ../nbs/09d_practice.ipynb #09d_practice-035
+# %% ../nbs/09d_practice.ipynb #09d_practice-037
 class TerminateOnNaN(Callback):
     "Ends a fit by `NonFiniteError` when a training loss is not finite, before the weights learn of it: which layer, which samples."
     _order = 25 # after the statistics, and still within half precision
@@ -293,7 +293,7 @@ class TerminateOnNaN(Callback):
         shown = [f'{i}' if not idxs else f'{i} (item {idxs[i]}{"" if files is None else f", {files[idxs[i]]}"})' for i in samples[:5]]
         return f'; samples of the batch: {", ".join(shown)}{", ..." if len(samples) > 5 else ""}'
 
-# %% ../nbs/09d_practice.ipynb #09d_practice-039
+# %% ../nbs/09d_practice.ipynb #09d_practice-041
 class CompileCallback(Callback):
     "Runs the model through `torch.compile` for the time of a fit."
     _order = 5 # after the model has moved to its device
@@ -307,7 +307,7 @@ class CompileCallback(Callback):
     def after_fit(self):
         if 'before' in self.__dict__: self.model._compiled_call_impl = self.__dict__.pop('before')
 
-# %% ../nbs/09d_practice.ipynb #09d_practice-042
+# %% ../nbs/09d_practice.ipynb #09d_practice-044
 def suggest_lr(lrs,    # rates, growing
                losses, # one a rate
               )->float:
@@ -322,7 +322,7 @@ def suggest_lr(lrs,    # rates, growing
     if not slope.min() < 0: raise ValueError('suggest_lr: the loss never falls. Look at the plot: begin with a lower rate, or look for a bug')
     return float(lrs[int(slope.argmin())])
 
-# %% ../nbs/09d_practice.ipynb #09d_practice-045
+# %% ../nbs/09d_practice.ipynb #09d_practice-047
 def _loop_state(loop): return {k: v for k, v in vars(loop).items() if k in ('epoch', 'epochs', 'iter', 'iters', 'n_iter', 'n_epochs', 'loss', 'dl', 'logger')}
 
 
@@ -364,7 +364,7 @@ def lr_find(learn:TrainLoop,  # a Learner
 
 Learner.lr_find = lr_find
 
-# %% ../nbs/09d_practice.ipynb #09d_practice-050
+# %% ../nbs/09d_practice.ipynb #09d_practice-052
 def _text(v): # an attribute's value, shortly
     if isinstance(v, Tensor): return f'{v.item():.4g}' if v.ndim == 0 else f'{str(v.dtype)[6:]} {"x".join(map(str, v.shape))}'
     return f'{v:.4g}' if isinstance(v, float) else f'{v}' if isinstance(v, (bool, int, str, type(None))) else type(v).__name__
@@ -379,7 +379,7 @@ def _look(loop): # attribute -> (something that differs when it was changed, tex
     res = {k: (_mark(v), _text(v)) for k in sorted(names) for v in [getattr(loop, k)]}
     for i, pg in enumerate(loop.opt.param_groups): res |= {f'opt[{i}].{k}': (v, _text(v)) for k, v in pg.items() if isinstance(v, (int, float))}
     ps = list(loop.model.parameters())
-    res['weights'] = tuple((id(p), p._version) for p in ps), 'changed'
+    res['weights'] = tuple((id(p), repr(p.detach().double().norm().item())) for p in ps), 'changed' # read: our optimizers write past torch's count of changes
     res['gradients'] = tuple(None if p.grad is None else (id(p.grad), p.grad._version) for p in ps), 'None' if all(p.grad is None for p in ps) else 'there'
     res['training mode'] = (tuple(m.training for m in loop.model.modules()),)*2
     res['training mode'] = res['training mode'][0], 'on' if any(res['training mode'][0]) else 'off'

@@ -83,7 +83,7 @@ class CallbackHost:
             e.add_note(f'raised by {type(cb).__name__} in {event}')
             raise
 
-# %% ../nbs/04b_runner.ipynb #04b_runner-025
+# %% ../nbs/04b_runner.ipynb #04b_runner-026
 def _drop_grads(loop):
     if loop.in_train: loop.opt.zero_grad()
 

@@ -45,7 +45,7 @@ class LionGrad(Stat):
         m.lerp_(g, 1-sqr_mom)
         return state
 
-# %% ../nbs/09a_zoo.ipynb #09a_zoo-012
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-013
 def rms_step(p, lr, eps, sqr_avg, **kwargs):
     r"The gradient over the root of its squares' average: $p \leftarrow p - \eta\,g/(\sqrt v+\epsilon)$."
     p.data.addcdiv_(p.grad.data, sqr_avg.sqrt().add_(eps), value=-lr)
@@ -71,7 +71,7 @@ def centred_rms_step(p, lr, eps, sqr_avg, mean_grad, **kwargs):
 
 centred_rms_step._defaults, centred_rms_step.formula = dict(eps=1e-8), r'p \leftarrow p - \eta\,\frac{g}{\sqrt{v-c^2}+\epsilon}'
 
-# %% ../nbs/09a_zoo.ipynb #09a_zoo-013
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-014
 class SumSqrGrad(Stat):
     "Sum of squared gradients: an average that forgets nothing."
     formula = r'v \leftarrow v + g^2'
@@ -81,7 +81,7 @@ class SumSqrGrad(Stat):
         state['sqr_avg'].addcmul_(p.grad.data, p.grad.data)
         return state
 
-# %% ../nbs/09a_zoo.ipynb #09a_zoo-016
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-017
 class DeltaGrad(Stat):
     "Adadelta's gradient has the units of the parameter: scaled by its own past steps (arXiv 1212.5701)."
     _defaults = dict(eps=1e-6)
@@ -94,7 +94,7 @@ class DeltaGrad(Stat):
         x.mul_(sqr_mom).addcmul_(p.grad, p.grad, value=1-sqr_mom)
         return state
 
-# %% ../nbs/09a_zoo.ipynb #09a_zoo-018
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-019
 class MaxSqrAvg(Stat):
     "The largest average of squares so far (arXiv 1904.09237)."
     formula = r'\hat v \leftarrow \max(\hat v, v)'
@@ -111,7 +111,7 @@ def amsgrad_step(p, lr, max_sqr, sqr_avg, **kwargs):
 
 amsgrad_step._defaults, amsgrad_step.formula = dict(eps=1e-8), r'p \leftarrow p - \eta\,\frac{m/d_1}{\sqrt{\hat v/d_2}+\epsilon}'
 
-# %% ../nbs/09a_zoo.ipynb #09a_zoo-019
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-020
 class MaxGrad(Stat):
     "The largest gradient, slowly forgotten: Adam's squares in the limit of an infinite power."
     _defaults, formula = dict(sqr_mom=.999, eps=1e-8), r'v \leftarrow \max(\beta_2 v,\, |g|+\epsilon)'
@@ -129,7 +129,7 @@ def adamax_step(p, lr, mom, mom_damp, step, grad_avg, max_grad, **kwargs):
 
 adamax_step.formula = r'p \leftarrow p - \eta\,\frac{m/d_1}{v}'
 
-# %% ../nbs/09a_zoo.ipynb #09a_zoo-021
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-022
 class NesterovProduct(Stat):
     r"NAdam's momentum $\mu_t$ grows with the steps; its product $\Pi_t$ debiases."
     _defaults, formula = dict(mu_decay=.004), r'\mu_t = \beta_1(1-\tfrac12 0.96^{t\delta}),\ \Pi \leftarrow \Pi\mu_t'
@@ -151,7 +151,7 @@ nadam_step._defaults = dict(eps=1e-8)
 nadam_step.formula = (r'p \leftarrow p - \frac{\eta}{\sqrt{v/d_2}+\epsilon}'
                       r'\left(\frac{1-\mu_t}{1-\Pi}g+\frac{\mu_{t+1}}{1-\Pi\mu_{t+1}}m\right)')
 
-# %% ../nbs/09a_zoo.ipynb #09a_zoo-023
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-024
 def rectification(sqr_mom:float, step:int)->float: # 0 where the variance of Adam's step is not yet finite
     r"RAdam's factor $r_t$ (arXiv 1908.03265)."
     top = 2/(1-sqr_mom) - 1
@@ -169,7 +169,7 @@ def radam_step(p, lr, mom, mom_damp, step, sqr_mom, sqr_damp, grad_avg, sqr_avg,
 radam_step._defaults = dict(eps=1e-8)
 radam_step.formula = r'p \leftarrow p - \eta\, r_t\,\frac{m/d_1}{(\sqrt v+\epsilon)/\sqrt{d_2}}'
 
-# %% ../nbs/09a_zoo.ipynb #09a_zoo-027
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-028
 def lars_ratio(p, wd=0., trust=.001, eps=1e-8, **kwargs):
     r"LARS's ratio: $c\,|p|/(|g|+\lambda|p|+\epsilon)$, and 1 where one of the norms is zero."
     a, b = p.data.norm(), p.grad.data.norm()
@@ -185,7 +185,7 @@ def lars_grad(p, wd, trust, eps, **kwargs):
 lars_grad._defaults, lars_grad._order = dict(wd=0., trust=.001, eps=1e-8), -1
 lars_grad.formula = r'g \leftarrow c\,\frac{|p|}{|g|+\lambda|p|+\epsilon}\,(g+\lambda p)'
 
-# %% ../nbs/09a_zoo.ipynb #09a_zoo-029
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-030
 def orthogonalized(x:Tensor, # (rows, columns)
                    steps=5,
                   )->Tensor: # the same, nearly orthonormal: singular values near 1
@@ -209,7 +209,7 @@ def muon_step(p, lr, mom, wd, grad_avg, **kwargs):
 muon_step._defaults = dict(wd=.1)
 muon_step.formula = r'p \leftarrow (1-\eta\lambda)\,p - \eta\sqrt{\max(1,\tfrac{rows}{cols})}\;\operatorname{orth}((1-\beta_1)g+\beta_1 m)'
 
-# %% ../nbs/09a_zoo.ipynb #09a_zoo-034
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-035
 class RpropSizes(Stat):
     "A step size for each number: it grows while the gradient keeps its sign, and shrinks where it turns."
     _defaults, formula = dict(grow=1.2, shrink=.5, least=1e-6, most=50.), r's \leftarrow s\,f_\pm,\ g \leftarrow s\,\operatorname{sign}(g)'
@@ -231,7 +231,7 @@ def whole_step(p, **kwargs):
 
 whole_step.formula = r'p \leftarrow p - g'
 
-# %% ../nbs/09a_zoo.ipynb #09a_zoo-036
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-037
 class SlowWeights(Stat):
     "A second set of weights, which follows slowly."
     formula = r's_0 = p_0'
@@ -247,7 +247,7 @@ def lookahead_step(p, step, slow, slow_every, slow_share, **kwargs):
 lookahead_step._defaults, lookahead_step._order = dict(slow_every=6, slow_share=.5), 50
 lookahead_step.formula = r'\text{every } k \text{ steps:}\quad s, p \leftarrow s + \alpha\,(p-s)'
 
-# %% ../nbs/09a_zoo.ipynb #09a_zoo-037
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-038
 def lookahead(opt_func,          # function of parameters to an optimizer: a partial of `Optimizer` or `StatefulOptimizer`
               slow_every=6,      # steps
               slow_share=.5,     # of the way to the parameter
@@ -260,7 +260,7 @@ def lookahead(opt_func,          # function of parameters to an optimizer: a par
     return partial(StatefulOptimizer, **{**kw, 'steppers': [*listify(kw['steppers']), lookahead_step],
                                          'stats': [*stats, *count, SlowWeights()], 'slow_every': slow_every, 'slow_share': slow_share})
 
-# %% ../nbs/09a_zoo.ipynb #09a_zoo-040
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-041
 @dataclass
 class Entry:
     "An optimizer of the zoo."
@@ -286,7 +286,7 @@ def _adam_like(*steppers, stats=(), **defaults):
     stats = [AverageGrad(dampening=True), AverageSqrGrad(), StepCount(), *stats]
     return _made(list(steppers), stats, **{'sqr_mom': .999, 'eps': 1e-8, **defaults})
 
-# %% ../nbs/09a_zoo.ipynb #09a_zoo-041
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-042
 def _entries():
     avg, sqr = AverageGrad(), AverageSqrGrad()
     yield 'sgd', _made([l2_reg, sgd_step]), '', 'torch.optim.SGD'
@@ -318,7 +318,7 @@ def optimizers_table()->Table:
     rows = [[e.name, ' '.join(_describe(o) for o in e.opt.all_parts), e.paper, e.reference] for e in OPTIMIZERS.values()]
     return Table(['name', 'parts', 'paper', 'checked against'], rows)
 
-# %% ../nbs/09a_zoo.ipynb #09a_zoo-051
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-052
 _adam_state = dict(grad_avg='exp_avg', sqr_avg='exp_avg_sq')
 _families = {'momentum_step': (torch.optim.SGD, dict(grad_avg='momentum_buffer')), 'sgd_step': (torch.optim.SGD, {}),
              'nesterov_step': (torch.optim.SGD, dict(grad_avg='momentum_buffer'))}
@@ -341,7 +341,7 @@ def _torch_group(cls, pg)->dict: # a group's hyperparameters as torch calls them
     g = {'params': pg['params'], 'lr': pg['lr'], 'weight_decay': pg.get('wd', 0.)}
     return {**g, 'momentum': pg.get('mom', 0.)} if cls is torch.optim.SGD else {**g, 'betas': (pg['mom'], pg['sqr_mom']), 'eps': pg['eps']}
 
-# %% ../nbs/09a_zoo.ipynb #09a_zoo-052
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-053
 def to_torch(opt:Optimizer)->torch.optim.Optimizer: # of the same parameters; the state is copied
     "Torch's SGD, Adam or AdamW that goes on where `opt` stands."
     cls, more, names = _family(opt)
@@ -353,7 +353,7 @@ def to_torch(opt:Optimizer)->torch.optim.Optimizer: # of the same parameters; th
         if cls is not torch.optim.SGD: res.state[p]['step'] = torch.tensor(float(state['step']))
     return res
 
-# %% ../nbs/09a_zoo.ipynb #09a_zoo-053
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-054
 _its_defaults = dict(maximize=False, amsgrad=False, dampening=0)
 
 def _our_parts(opt): # torch's optimizer -> steppers, stats, its name in the state to ours
@@ -375,7 +375,7 @@ def _our_group(pg, i, mom)->dict:
     if 'betas' in pg: return {**g, 'mom': pg['betas'][0], 'sqr_mom': pg['betas'][1], 'eps': pg['eps']}
     return {**g, 'mom': pg['momentum']} if mom else g
 
-# %% ../nbs/09a_zoo.ipynb #09a_zoo-054
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-055
 def from_torch(opt:torch.optim.Optimizer, # SGD, Adam or AdamW
                engine=None,               # as for `Optimizer`
               )->StatefulOptimizer:       # of the same parameters; the state is copied
@@ -391,7 +391,7 @@ def from_torch(opt:torch.optim.Optimizer, # SGD, Adam or AdamW
             res.state[p] = state
     return res
 
-# %% ../nbs/09a_zoo.ipynb #09a_zoo-057
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-058
 def decay_groups(model:nn.Module, # its parameters
                  wd:float,        # decay of weights
                 )->list:          # two of torch's groups
@@ -403,7 +403,7 @@ def decay_groups(model:nn.Module, # its parameters
     groups = [dict(params=[p for p in ps if id(p) not in ids], wd=wd), dict(params=free, wd=0.)]
     return [g for g in groups if g['params']]
 
-# %% ../nbs/09a_zoo.ipynb #09a_zoo-060
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-061
 def _lamb_ratio(p, max_ratio=None, **kwargs):
     update, factor = lamb_update(p, **kwargs)
     return trust_ratio(p.data, update, max_ratio, factor)
@@ -420,7 +420,7 @@ def layer_ratios(opt:Optimizer)->list: # (parameter, number in a tensor on its d
 
 _ratios = {lamb_step: _lamb_ratio, lars_grad: lars_ratio}
 
-# %% ../nbs/09a_zoo.ipynb #09a_zoo-061
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-062
 class RatioRecorder(Callback):
     "Keeps LAMB's or LARS's ratios of every training step; `plot` draws them, a line for each layer."
     _order, in_lr_find = 10, False
@@ -437,6 +437,6 @@ class RatioRecorder(Callback):
         dims = {n: p.ndim for p, n in self.names.items()}
         for name, rs in self.ratios.items():
             if dims.get(name, min_dim) >= min_dim: ax.plot(torch.stack(rs).tolist(), label=name)
-        ax.set(xlabel='step', ylabel='|p| / |update|', yscale='log')
+        ax.set(xlabel='step', ylabel='ratio', yscale='log')
         ax.legend(fontsize=7, ncols=2)
         return ax

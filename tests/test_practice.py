@@ -14,6 +14,7 @@ from dl2lib.callbacks import (AvgStatsCallback, BatchTransformXCallback, Callbac
                               CudaCallback, LR_Find, ParamScheduler, Recorder, accuracy)
 from dl2lib.datablock import Dataset, get_dls
 from dl2lib.learner import Learner
+from dl2lib.optimizers import sgd_mom_opt, sgd_opt
 from dl2lib.practice import (BatchTransformYCallback, CompileCallback, CSVLog, EarlyStopping, GradientAccumulation, GradientClip, KeepBest,
                              MixedPrecision, NonFiniteError, TerminateOnNaN, TrackBest, lr_find, suggest_lr, trace)
 from dl2lib.runner import get_batch
@@ -427,11 +428,12 @@ def test_a_search_that_fails_leaves_the_learner_as_it_was(look):
 
 # Tracing
 
-def test_trace_says_who_changed_what():
+@pytest.mark.parametrize('opt_func', [sgd, sgd_opt, sgd_mom_opt], ids=['torch', 'sgd', 'momentum'])
+def test_trace_says_who_changed_what(opt_func):
     class Twice(Callback):
         _order = 7
         def begin_batch(self): self.run.xb = 2*self.run.xb
-    learn = learner(Twice(), GradientClip(1e-3), ParamScheduler('lr', sched_lin(0.1, 0.01)), lr=0.05)
+    learn = learner(Twice(), GradientClip(1e-3), ParamScheduler('lr', sched_lin(0.1, 0.01)), lr=0.05, opt_func=opt_func)
     rows = learn.trace().items
     what = {(e, who): c for e, who, c in rows}
     assert what['begin_batch', 'Twice'] == 'xb' and what['begin_batch', 'ParamScheduler'] == 'opt[0].lr: 0.05 → 0.1'
