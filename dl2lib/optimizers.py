@@ -10,12 +10,14 @@ __all__ = ['engines', 'sgd_opt', 'sgd_mom_opt', 'sgd_step', 'weight_decay', 'l2_
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-002
 import difflib, inspect, math
-from operator import is_ as _is
+from bisect import bisect_left
 from copy import deepcopy
 from functools import partial
 from numbers import Real
+from operator import is_ as _is
 
 import torch
+import torch.optim.optimizer as torch_optimizer
 from torch import Tensor
 
 from .core import listify, preserve_rng
@@ -360,9 +362,18 @@ def _fused_adam(ps, gs, states, lr, mom, sqr_mom, eps, wd=0., name='_fused_adam_
                          beta2=sqr_mom, weight_decay=float(wd), eps=eps, amsgrad=False, maximize=False)
     return {'mom_damp': 1-mom, 'sqr_damp': 1-sqr_mom, 'step': n}
 
+def _is_big(p)->bool: return p.numel() > 4096 # elements: to wake another thread for fewer takes longer than the work
+
 def _run_fused(kernel, parts, ps, states, hyper):
-    "All tensors through one of torch's kernels."
-    new = kernel(ps, [p.grad for p in ps], states, **hyper)
+    "All tensors, small ones first, through one of torch's kernels. On a CPU that would wake all threads for each tensor, however small."
+    gs, n = [p.grad for p in ps], torch.get_num_threads()
+    k = bisect_left(ps, True, key=_is_big) if n > 1 and ps[0].device.type == 'cpu' else 0
+    if k < len(ps): new = kernel(ps[k:], gs[k:], states[k:], **hyper)
+    if k:
+        try:
+            torch.set_num_threads(1)
+            new = kernel(ps[:k], gs[:k], states[:k], **hyper)
+        finally: torch.set_num_threads(n)
     if new.items() <= states[0].items(): return # as they agree in their numbers
     for s in states: s.update(new)
 
@@ -409,7 +420,7 @@ def _fusable(optimizer):
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-081
 engines = None, 'tensor', 'list', 'fused'
-_pack_size = 1 << 18 # elements for each thread: an array of them is half of what a core's cache holds
+_pack_size = 1 << 19 # elements for each thread: more fall out of the cache between two operations, fewer pay for more calls
 
 def _alike(p, g)->bool: # whether both lie in memory in the same order, without gaps
     return (p.is_contiguous() and g.is_contiguous()) or (p.stride() == g.stride() and _dense(p))
@@ -426,8 +437,7 @@ def _pick_engine(opt, ps, hyper):
         raise ValueError("engine='fused': torch has no kernel for these parts, hyperparameters or tensors: leave `engine` out")
     if want == 'tensor' or not as_list: return _run_tensors
     if ps[0].device.type != 'cpu': return _run_list
-    size = _pack_size*torch.get_num_threads()*(1 if in_pieces else 4) # whole tensors: fewer packs, as each costs some time of its own
-    return partial(_run_list, size=size, cut=in_pieces)
+    return partial(_run_list, size=_pack_size*torch.get_num_threads(), cut=in_pieces)
 
 def _check_engine(opt):
     if opt.engine not in engines: raise ValueError(f'engine={opt.engine!r}: choose from {", ".join(map(repr, engines))}')
@@ -436,9 +446,9 @@ def _check_engine(opt):
     if opt.engine == 'fused' and not opt._fused: raise ValueError("engine='fused': torch has no kernel for these parts")
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-083
-def _bucketed(opt, ps, states)->list: # (parameters, states) that are on one device, of one type, and agree in the numbers of their state
+def _bucketed(opt, ps, states)->list: # (parameters, states) that are on one device, of one type, and agree in the numbers of their state; small ones first
     res = {}
-    for p, state in zip(ps, states):
+    for p, state in sorted(zip(ps, states), key=lambda o: _is_big(o[0])):
         if not state: state.update(_init(opt.stats, _stand_in(p)))
         numbers = tuple((k, v) for k, v in state.items() if not isinstance(v, Tensor))
         res.setdefault((p.device, p.dtype, numbers), ([], []))
@@ -566,6 +576,12 @@ def _as_formula(opt)->str: # Markdown
     return f'**{type(opt).__name__}**: {hs}\n\n$$\\begin{{aligned}}{lines}\\end{{aligned}}$$'
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-094
+def _is_watched(opt)->bool: # whether its steps have hooks, or a profiler is at work
+    try: return bool(opt._optimizer_step_pre_hooks or opt._optimizer_step_post_hooks or torch_optimizer._global_optimizer_pre_hooks
+                     or torch_optimizer._global_optimizer_post_hooks or torch.autograd._profiler_enabled())
+    except AttributeError: return True # torch keeps these names private, and may change them
+
+
 class Optimizer(torch.optim.Optimizer):
     "Runs steppers over groups of parameters. Hyperparameters are their arguments: one dict of them for each group."
     stats = ()
@@ -604,13 +620,19 @@ class Optimizer(torch.optim.Optimizer):
         self._plans.clear()
 
     @torch.no_grad()
-    def step(self, closure=None): # computes the loss and its gradients anew, and returns it
-        "One step for every parameter that has a gradient."
+    def _step(self, closure=None):
         loss = None
         if closure is not None:
             with torch.enable_grad(): loss = closure()
         for i, pg in enumerate(self.param_groups): _step_group(self, i, pg)
         return loss
+
+    _watched_step = torch.optim.Optimizer.profile_hook_step(_step) # with hooks, and a record for the profiler: a tenth of a small network's step
+
+    def step(self, closure=None): # computes the loss and its gradients anew, and returns it
+        "One step for every parameter that has a gradient."
+        return self._watched_step(closure) if _is_watched(self) else self._step(closure)
+    step.hooked = True # torch wraps it no further
 
     def state_dict(self): return {**super().state_dict(), 'parts': [_describe(o) for o in self.all_parts]}
 

@@ -179,7 +179,7 @@ def lars_ratio(p, wd=0., trust=.001, eps=1e-8, **kwargs):
 def lars_grad(p, wd, trust, eps, **kwargs):
     "Makes each tensor's gradient, with the decay, about as long as its parameter, times `trust` (arXiv 1708.03888)."
     ratio = lars_ratio(p, wd, trust, eps)
-    p.grad = p.grad.data.add(p.data, alpha=wd).mul_(ratio)
+    p.grad = p.grad.data.add(p.data, alpha=wd).mul_(ratio) if wd else p.grad.data.mul(ratio)
     return p
 
 lars_grad._defaults, lars_grad._order = dict(wd=0., trust=.001, eps=1e-8), -1
@@ -187,8 +187,7 @@ lars_grad.formula = r'g \leftarrow c\,\frac{|p|}{|g|+\lambda|p|+\epsilon}\,(g+\l
 
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-030
 def orthogonalized(x:Tensor, # (rows, columns)
-                   steps=5,
-                  )->Tensor: # the same, nearly orthonormal: singular values near 1
+                   steps=5)->Tensor: # the same, nearly orthonormal: singular values near 1
     "Muon's Newton-Schulz iteration, in bfloat16 as torch has it."
     x, wide = x.bfloat16(), x.shape[0] <= x.shape[1]
     if not wide: x = x.T
@@ -217,8 +216,7 @@ class RpropSizes(Stat):
 
     def update(self, p, state, lr, grow, shrink, least, most, **kwargs):
         same = (p.grad*state['prev']).sign_() # 1: as before, -1: turned, 0: one of the two is 0
-        factor = 1 + (grow-1)*same.clamp(min=0) + (1-shrink)*same.clamp(max=0)
-        state['sizes'].add_(0. if state['begun'] else lr).mul_(factor).clamp_(least, most)
+        state['sizes'].add_(0. if state['begun'] else lr).mul_(1 + (grow-1)*same.clamp(min=0) + (1-shrink)*same.clamp(max=0)).clamp_(least, most)
         state['prev'].copy_(same.clamp_(max=0).add_(1).mul_(p.grad)) # where it has turned: no step, and 0 to compare with
         p.grad = state['prev'].sign().mul_(state['sizes'])
         return {**state, 'begun': True}

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -429,6 +430,64 @@ def test_grad_scaler():
             s.scale(loss).backward(); s.step(o); s.update()
     assert scaler.get_scale() == 8. and opt.state[a[0]]['step'] == 4
     for x, y in zip(a, b): assert_close(x, y)
+
+@pytest.mark.parametrize('make', [partial(sgd_mom_opt, wd=0.), adam_opt(wd=.1), sgd_opt], ids=['momentum', 'adamw', 'sgd'])
+@pytest.mark.parametrize('sizes', [(10, 5000, 20, 5001), (5000, 6000), (10, 20)], ids=['both', 'large', 'small'])
+def test_small_tensors_go_through_the_kernel_by_one_thread(make, sizes, monkeypatch):
+    n, seen = torch.get_num_threads(), []
+    def params():
+        gen = torch.Generator().manual_seed(0)
+        return [torch.nn.Parameter(torch.randn(s, generator=gen)) for s in sizes]
+    a, b = params(), params()
+    opts = make(a, lr=.1), make(b, lr=.1, engine='tensor')
+    assert opts[0]._fused
+    for name in '_fused_sgd_', '_fused_adamw_': # what runs in which number of threads
+        def kernel(ps, *args, real=getattr(torch, name), **kwargs):
+            seen.append((torch.get_num_threads(), [p.numel() for p in ps])); return real(ps, *args, **kwargs)
+        monkeypatch.setattr(torch, name, kernel)
+    try:
+        torch.set_num_threads(2)
+        for i in range(3):
+            for p, q in zip(a, b): p.grad = torch.randn_like(p); q.grad = p.grad.clone()
+            for o in opts: o.step()
+        assert torch.get_num_threads() == 2
+    finally: torch.set_num_threads(n)
+    for p, q in zip(a, b): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    small, large = [[s for s in sizes if (s > 4096) == big] for big in (False, True)]
+    assert seen == [o for o in ((2, large), (1, small)) if o[1]]*3
+
+def test_an_interrupt_leaves_the_number_of_threads(monkeypatch):
+    p, n = nn.Parameter(torch.ones(3)), torch.get_num_threads()
+    opt = sgd_mom_opt([p], lr=.1, wd=0.)
+    p.grad = torch.ones(3)
+    opt.step()
+    def pressed(*args, **kwargs): raise KeyboardInterrupt
+    try:
+        torch.set_num_threads(2)
+        monkeypatch.setattr(torch, '_fused_sgd_', pressed)
+        with pytest.raises(KeyboardInterrupt): opt.step()
+        assert torch.get_num_threads() == 2
+    finally: torch.set_num_threads(n)
+
+def test_a_profiler_sees_the_step():
+    ps = with_grads(params())
+    opt = sgd_mom_opt(ps, lr=.1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof: opt.step()
+    assert any(e.key == 'Optimizer.step#StatefulOptimizer.step' for e in prof.key_averages())
+
+@pytest.mark.parametrize('lost', [False, True])
+def test_hooks_of_all_optimizers(lost, monkeypatch):
+    "Also where torch has renamed what says whether a profiler is at work."
+    if lost: monkeypatch.delattr(torch.autograd, '_profiler_enabled')
+    seen, p = [], torch.nn.Parameter(torch.ones(3))
+    opt = sgd_mom_opt([p], lr=.1, wd=0.)
+    p.grad = torch.ones(3)
+    opt.step()
+    handle = register_optimizer_step_post_hook(lambda *args: seen.append(args[0]))
+    try: opt.step()
+    finally: handle.remove()
+    opt.step()
+    assert seen == [opt]
 
 def test_step_hooks():
     seen = []

@@ -1,5 +1,6 @@
 "Every optimizer of the zoo against its reference, in every engine; translation to torch and back; ratios; groups without decay."
 import copy
+import inspect
 import math
 
 import numpy as np
@@ -7,11 +8,20 @@ import pytest
 import torch
 from torch import nn
 
+from dl2lib import zoo
 from dl2lib.optimizers import StatefulOptimizer, adam_opt, adam_step, l2_reg, lamb_opt, sgd_mom_opt, sgd_opt, sgd_step, weight_decay
 from dl2lib.zoo import OPTIMIZERS, RatioRecorder, decay_groups, from_torch, layer_ratios, lookahead, optimizers_table, to_torch
 
 steps = 50
 shapes = [(3,), (4, 5), (2, 3, 3, 3), (), (6,), (5, 4), (7, 2)]
+
+
+def test_each_part_is_small():
+    "The chapter says: at most ten lines."
+    parts = {f if inspect.isfunction(f) else type(f) for e in OPTIMIZERS.values() for f in e.opt.all_parts}
+    own = [f for f in [*parts, zoo.orthogonalized, zoo.lars_ratio] if f.__module__ == zoo.__name__]
+    assert len(own) > 12
+    for f in own: assert sum(bool(l.strip()) for l in inspect.getsource(f).splitlines()) <= 10, f
 
 
 # The papers in NumPy, number by number. Each takes the parameter, its gradients (None: none in that step), and hyperparameters.
