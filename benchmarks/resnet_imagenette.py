@@ -5,6 +5,7 @@
 FOLDER has train/ and val/. The images are decoded once, into a cache (650 MB) that later calls find again. A run appends a line to
 results/resnet_imagenette.jsonl and writes results/resnet_imagenette.md anew from all lines. Five epochs of a ResNet take some twenty minutes
 on two idle CPU cores, of the CNN six. `--batches 20` is a trial: it ends after 20 batches, and leaves the results alone."""
+import statistics
 from functools import partial
 
 import torch
@@ -61,11 +62,15 @@ def write(lines):
     rows = [[RUNS[r['run']], f"{r['parameters']:,}", r['seed'], r['epochs'], f"{r['train_loss'][-1]:.3f}", f"{r['valid_loss'][-1]:.3f}",
              ' '.join(f'{v:.3f}' for v in r['valid_accuracy'][:-1]), f"{r['valid_accuracy'][-1]:.3f}", f"{r['seconds']/60:.1f} ({r['load']})"] for r in lines]
     head = ('# Networks on Imagenette (second edition: 9,469 training, 3,925 validation images)\n\n' + RECIPE +
-            ' `python benchmarks/resnet_imagenette.py FOLDER --run NAME`. One seed: a point is within what chance does. Times are of a machine '
-            'shared with other work (in brackets: its load at the end); both ResNets were halted for a quarter of an hour.')
+            ' `python benchmarks/resnet_imagenette.py FOLDER --run NAME`. With so few seeds a point is within what chance does. Times are of machines '
+            'shared with other work (in brackets: the load at the end), on which these runs were halted now and then.')
     header = ['network', 'parameters', 'seed', 'epochs', 'train loss', 'valid loss', 'accuracy after the epochs before', 'validation accuracy', 'minutes (load)']
+    seeds = {}
+    for r in lines: seeds.setdefault((RUNS[r['run']], r['epochs']), []).append(r['valid_accuracy'][-1])
+    means = [[k, epochs, f'{statistics.mean(v):.3f} ({min(v):.3f} to {max(v):.3f})', len(v)] for (k, epochs), v in seeds.items()]
     machines = '\n\n'.join(dict.fromkeys(r['machine'] for r in lines))
-    (results/'resnet_imagenette.md').write_text(f'{head}\n\n{table(header, rows)}\n\n{machines}\n')
+    (results/'resnet_imagenette.md').write_text(f'{head}\n\n{table(header, rows)}\n\n'
+                                                 f'{table(["network", "epochs", "validation accuracy: mean (range)", "seeds"], means)}\n\n{machines}\n')
 
 
 if __name__ == '__main__': command(RUNS, learner, LINES, write, SIZE, BS)
