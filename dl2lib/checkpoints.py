@@ -417,7 +417,8 @@ def _go_on(learn, epochs, path): # `fit(epochs, resume=path)`
     _check_same(path, state, learn, epochs)
     if state['epoch'] is None:
         print(f'{path}: all {epochs} epochs are done, nothing is left to do')
-        return _set_state(learn, state)
+        _set_state(learn, state)
+        return _set_rng_state(state['rng']) # as after a fit that was not killed between its last checkpoint and its end
     within = f', and {state["batch"]} of the {len(learn.data.train_dl)} batches of the next' if state['batch'] else ''
     print(f'{path}: going on. {state["epoch"]} of {epochs} epochs are done{within}')
     learn.run_epochs(epochs, _Start(path, state))

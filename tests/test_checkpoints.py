@@ -892,6 +892,14 @@ def test_a_fit_in_another_thread():
     t.start(); t.join()
     assert not errors and not unfinished('fit.ckpt')
 
+def test_killed_after_its_last_checkpoint_it_draws_what_would_have_come_next():
+    set_seed(3)
+    learner(data=seeded()).fit(2, CheckpointCallback('fit.ckpt'))
+    draws = torch.rand(3), random.random(), np.random.rand()
+    set_seed(4)
+    learner(data=seeded()).fit(2, resume='fit.ckpt')
+    same([torch.rand(3), random.random(), np.random.rand()], list(draws))
+
 def test_two_of_them_leave_the_handler_of_before():
     for order in 1, -1:
         learn, cbs = learner(), [CheckpointCallback(f'{i}.ckpt', overwrite=True) for i in range(2)][::order]
