@@ -299,7 +299,7 @@ def _run_list(parts, ps, states, hyper, size=None, cut=False):
     numbers = {k: v for k, v in states[0].items() if not _is_tensors(v)}
     rows, last = list(zip(ps, [p.grad for p in ps], *([s[k] for s in states] for k in keys))), numbers
     for pack in packs(rows, size, cut) if size else [rows]:
-        p, g, *ts = pack[0] if cut and len(pack) == 1 else map(TensorList, zip(*pack))
+        p, g, *ts = pack[0] if len(pack) == 1 else map(TensorList, zip(*pack))
         last = _run_pack(parts, p, g, dict(zip(keys, ts)), numbers, hyper)
     for s in states: s.update(last)
 
