@@ -22,8 +22,9 @@ from dl2lib.datablock import (ByteToFloat, CategoryProcessor, ImageList, ResizeF
 
 BS, SIZE, WARM, TURNS = 64, 128, 4, 4 # TURNS of one process in a round
 LESSON, PIL_, BYTES, FASTAI = "the lesson's way", 'dl2lib, PIL', 'dl2lib, PIL, bytes from the decoder on', "fastai's DataBlock"
-JPEG, HAND, CACHE = 'dl2lib, `jpeg_decoder`', '`decode_jpeg` and resize by hand', 'dl2lib, `cached`'
-TARGETS = [(0, LESSON, PIL_, 1.15), (0, FASTAI, PIL_, 2.), (0, LESSON, BYTES, 1.15), (0, FASTAI, BYTES, 2.), (0, HAND, JPEG, 1/1.05), (0, LESSON, CACHE, 8.),
+JPEG, HAND, CACHE, ALONE = 'dl2lib, `jpeg_decoder`', '`decode_jpeg` and resize by hand', 'dl2lib, `cached`', ', one thread'
+TARGETS = [*((0, ref, k+how, goal) for k in (PIL_, BYTES) for how in ('', ALONE) for ref, goal in ((LESSON, 1.15), (FASTAI, 2.))),
+           (0, HAND, JPEG, 1/1.05), (0, HAND, JPEG+ALONE, 1/1.05), (0, LESSON, CACHE, 8.),
            (2, LESSON, PIL_, 1.4), (2, FASTAI, PIL_, 2.3), (2, LESSON, BYTES, 1.4), (2, FASTAI, BYTES, 2.3), (2, LESSON, JPEG, 1.4), (2, FASTAI, JPEG, 2.3)]
 
 
@@ -132,21 +133,33 @@ class Turns:
         return seconds
 
 
+def alone(turn): # with one thread
+    def f(r):
+        n = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            return turn(r)
+        finally: torch.set_num_threads(n)
+    return f
+
+
 def main(folder, rounds=15, batches=16):
-    path, rounds, batches = Path(folder), int(rounds), TURNS*(int(batches)//TURNS)
-    torch.set_num_threads(1)
+    path, rounds, batches, threads = Path(folder), int(rounds), TURNS*(int(batches)//TURNS), torch.get_num_threads()
     with tempfile.TemporaryDirectory() as cache:
         ways = makers(path, cache)
         made = {k: f(path, 0) for k, f in ways.items()}
         diff, sizes = same_pictures(path, made), picture_sizes(made[LESSON][0].fns)
-        times = {0: interleaved({k: Turns(m, batches//TURNS, 0) for k, m in made.items()}, rounds, turns=TURNS)}
+        turns = {k: Turns(m, batches//TURNS, 0) for k, m in made.items()}
+        turns |= {k+ALONE: alone(Turns(ways[k](path, 0), batches//TURNS, 0)) for k in (PIL_, BYTES, JPEG)}
+        times = {0: interleaved(turns, rounds, turns=TURNS)}
+        torch.set_num_threads(1) # of which the workers have no more
         times[2] = interleaved({k: Turns(f(path, 2), batches, 2) for k, f in ways.items() if k != HAND}, rounds)
     n, rows, goals = BS*batches, [], []
-    for k in ways:
-        rows.append([k, diff[k], *(spread([n/s for s in times[w][k]], ',.0f') if k in times[w] else '' for w in times)])
+    for k in [o for k in ways for o in (k, k+ALONE) if o in turns]:
+        rows.append([k, diff.get(k, ''), *(spread([n/s for s in times[w][k]], ',.0f') if k in times[w] else '' for w in times)])
     for w, a, b, goal in TARGETS:
         if a in times[w] and b in times[w]: goals.append([f'{w} workers' if w else 'one process', f'{b}, against {a}', spread(ratios(times[w], a, b)), f'{goal:.2f}'])
-    save('bench_batches', TEXT.format(BS=BS, SIZE=SIZE, rounds=rounds, batches=batches, WARM=WARM, TURNS=TURNS, sizes=sizes)
+    save('bench_batches', TEXT.format(BS=BS, SIZE=SIZE, rounds=rounds, batches=batches, WARM=WARM, TURNS=TURNS, sizes=sizes, threads=threads)
          + table(['', 'largest (mean) difference', 'one process', 'two workers'], rows) + '\n\nHow many times as fast:\n\n'
          + table(['', '', 'times', 'target: at least'], goals), ['fastai'])
 
@@ -154,8 +167,9 @@ def main(folder, rounds=15, batches=16):
 TEXT = """# Float batches from JPEG files
 
 Images a second, as batches of {BS} floats from 0 to 1, {SIZE}x{SIZE}, from Imagenette's training images in random order. These have {sizes}; their
-files are already known to the system. Median (range) of n = {rounds} interleaved rounds of {batches} batches; ratios are taken within a round. One
-thread of torch a process. Differences are those of 256 pictures to the lesson's, in 255ths. `python benchmarks/bench_batches.py FOLDER`
+files are already known to the system. Median (range) of n = {rounds} interleaved rounds of {batches} batches; ratios are taken within a round. In one
+process torch has its {threads} threads, and dl2lib reads the images of a batch by as many; with workers each process has one. Differences are those
+of 256 pictures to the lesson's, in 255ths. `python benchmarks/bench_batches.py FOLDER`
 
 All ways squash with a bilinear, antialiased filter and augment nothing; all but the one by hand give labels too. The lesson's way makes floats of each
 image, and torch's DataLoader stacks them. dl2lib and fastai make floats once a batch; fastai's is its default pipeline with `Resize({SIZE}, 'squish')`.

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from .augmentation import find_homographies, homography_grid, process_sz, rotation_matrix, sample_grid, _send
 from .callbacks import BatchTransformXCallback, Callback, batch_draws
-from .core import listify
+from .core import listify, noop
 from .datablock import Transform, show_image
 
 # %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-009
@@ -504,7 +504,8 @@ def _in_parts(f, x, params, out_size, size=1<<20): # on a CPU, so many images at
     if n >= len(x) or asks or all(p is None for p in params): return f(x, *params)
     out = torch.empty(*x.shape[:2], *out_size[::-1], dtype=x.dtype if x.is_floating_point() else torch.float32,
                       memory_format=torch.channels_last if _is_nhwc(x) else torch.contiguous_format)
-    for i in range(0, len(x), n): out[i:i+n] = f(x[i:i+n], *(None if p is None else p[i:i+n] for p in params))
+    fetch = torch.clone if x.is_floating_point() and params[0] is not None else noop # into the cache, in one go: sampling jumps about
+    for i in range(0, len(x), n): out[i:i+n] = f(fetch(x[i:i+n]), *(None if p is None else p[i:i+n] for p in params))
     return out
 
 # %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-064

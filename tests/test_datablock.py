@@ -17,6 +17,7 @@ from dl2lib.datablock import (ByteToFloat, CategoryProcessor, DataBunch, Dataset
                               databunchify, get_dls, get_files, grandparent_splitter, image_extensions, label_by_func, make_rgb,
                               norm_imagenette, normalize_chan, normalize_to, parent_labeler, random_splitter, re_labeler, show_batch,
                               show_image, split_by_func, to_byte_tensor, to_float_tensor)
+from dl2lib.datacache import open_bytes
 
 same = partial(torch.testing.assert_close, rtol=0, atol=0)
 
@@ -655,6 +656,87 @@ def test_batches_do_not_depend_on_the_workers(folder, kw):
     if 'multiprocessing_context' in kw: return             # spawned workers take seconds to start
     assert_same_batches(passes(ref.valid_dl), passes(other.valid_dl))
     assert other.valid_dl.n_pass == 0
+
+class Recorder:
+    "A decoder that draws nothing, and notes which threads it runs in; from its second image on it may wait until two have begun, or fail at chosen files."
+    random = False
+    def __init__(self, together=0, bad=()): self.seen, self.bad, self.barrier = [], set(bad), threading.Barrier(together) if together else None
+    def __call__(self, fn):
+        self.seen.append(threading.current_thread())
+        if self.barrier: self.barrier.wait(20)
+        if fn.name in self.bad: raise ValueError(f'it is {fn.name}')
+        return PIL.Image.open(fn)
+
+@pytest.fixture
+def torch_threads():
+    "Sets how many threads torch uses; looks whether they are as many in the end."
+    before, wanted = torch.get_num_threads(), []
+    def use(n): wanted.append(n); torch.set_num_threads(n)
+    yield use
+    now = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert now == wanted[-1]
+
+def recorded(folder, rec, *tfms, n=16, **kw):
+    il = ImageList(sorted(get_files(folder, image_extensions, recurse=True))[:n], tfms=[make_rgb, ResizeFixed(8), to_byte_tensor, *tfms], decoder=rec)
+    return get_dls(LabeledData(il, ItemList([0]*n)), None, bs=n, seed=0, **kw)[0]
+
+@pytest.mark.parametrize('decoder', [None, open_bytes])
+def test_batches_do_not_depend_on_the_threads(folder, torch_threads, decoder):
+    def batches(n):
+        torch_threads(n)
+        data = labeled(folder)
+        for ll in data.train, data.valid: ll.x.decoder = decoder or ll.x.decoder
+        data = data.to_databunch(bs=9, seed=3)
+        return passes(data.train_dl), passes(data.valid_dl)
+    ref = batches(1)
+    for n in 2, 5:
+        for a, b in zip(ref, batches(n)): assert_same_batches(a, b)
+
+def test_images_are_read_by_several_threads(folder, torch_threads):
+    torch_threads(2)
+    rec = Recorder(together=2)                             # one thread alone would wait for ever
+    next(iter(recorded(folder, rec)))
+    assert len(rec.seen) == 16 and len(set(rec.seen)) == 2 and not any(t.is_alive() for t in set(rec.seen))
+
+@pytest.mark.parametrize('why', ['one thread of torch', 'a random transform', 'a decoder that does not say', 'few items', 'a worker'])
+def test_images_are_read_by_the_thread_that_asks(folder, torch_threads, why):
+    torch_threads(1 if why == 'one thread of torch' else 2)
+    rec = Recorder()
+    if why == 'a decoder that does not say': rec.random = True
+    dl = recorded(folder, NotInThreads() if why == 'a worker' else rec, *[Jitter()]*(why == 'a random transform'), n=7 if why == 'few items' else 16,
+                  num_workers=int(why == 'a worker'))
+    assert len(next(iter(dl))[0]) in (7, 16)
+    if why != 'a worker': assert set(rec.seen) == {threading.current_thread()}
+
+class NotInThreads:
+    random = False
+    def __call__(self, fn):
+        assert threading.current_thread() is threading.main_thread()
+        return PIL.Image.open(fn)
+
+@pytest.mark.parametrize('n', [1, 2, 4])
+def test_of_several_broken_images_the_first_is_named(folder, torch_threads, n):
+    torch_threads(n)
+    rec = Recorder(bad=['1.png', '3.png'])
+    dl = recorded(folder, rec)
+    order = [dl.dataset.ds.x.items[i] for _, i in next(iter(dl.batch_sampler))]
+    first = next(fn for fn in order if fn.name in rec.bad)
+    for _ in range(5):
+        with pytest.raises(ImageFileError, match=f'{first} cannot be read as an image: ValueError: it is {first.name}'): next(iter(dl))
+
+def test_an_interrupt_ends_the_threads(folder, torch_threads):
+    torch_threads(2)
+    rec, before = Recorder(), signal.signal(signal.SIGINT, signal.default_int_handler)
+    def press(x):
+        if len(rec.seen) == 5: signal.raise_signal(signal.SIGINT)
+        return x
+    press.random = False
+    try:
+        with pytest.raises(KeyboardInterrupt): next(iter(recorded(folder, rec, press)))
+    finally: signal.signal(signal.SIGINT, before)
+    for t in set(rec.seen) - {threading.current_thread()}: t.join(20)
+    assert not any(t.is_alive() for t in set(rec.seen) - {threading.current_thread()})
 
 def test_seeds_of_samples_differ():
     keys = [ks for n in (1, 2, 3) for ks in itertools.product(range(8), repeat=n)]
