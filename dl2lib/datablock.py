@@ -778,16 +778,6 @@ def _mix(*ks)->int: # whole numbers -> one of 64 bits
     return reduce(_stir, ks, 0)
 
 # %% ../nbs/08_datablock.ipynb #08_datablock-145
-class Samples(list):
-    "The samples of one batch, with where they come from, so that an error can name them."
-    def __init__(self,
-                 samples, # of the batch
-                 ds,      # dataset they are from
-                 idxs):   # their positions there
-        super().__init__(samples)
-        self.ds, self.idxs = ds, idxs
-
-
 def _may_draw(ds): # whether making an item may draw random numbers: all but labelled data whose every step says that it does not
     if type(ds) is not LabeledData: return True
     for il in ds.x, ds.y:
@@ -809,6 +799,16 @@ def _made(ds, idxs)->list: # items that draw nothing, in order; the first that f
         torch.set_num_threads(1) # for each of the threads
         with ThreadPoolExecutor(n) as pool: return [o for part in pool.map(lambda part: [ds[i] for i in part], parts) for o in part]
     finally: torch.set_num_threads(total)
+
+# %% ../nbs/08_datablock.ipynb #08_datablock-148
+class Samples(list):
+    "The samples of one batch, with where they come from, so that an error can name them."
+    def __init__(self,
+                 samples, # of the batch
+                 ds,      # dataset they are from
+                 idxs):   # their positions there
+        super().__init__(samples)
+        self.ds, self.idxs = ds, idxs
 
 
 class SeededDataset(torch.utils.data.Dataset):
@@ -851,7 +851,7 @@ class SeededBatches(Sampler):
         order = torch.randperm(self.n, generator=g).tolist() if self.shuffle else range(self.n)
         for b in range(start, len(self)): yield [(n_pass, i) for i in order[b*self.bs:(b+1)*self.bs]]
 
-# %% ../nbs/08_datablock.ipynb #08_datablock-150
+# %% ../nbs/08_datablock.ipynb #08_datablock-152
 def _shape(o): # of a part of a sample, in words
     if isinstance(o, PIL.Image.Image): return f'PIL image {o.mode} {o.width}x{o.height}'
     return 'x'.join(map(str, o.shape)) if getattr(o, 'shape', ()) else type(o).__name__
@@ -877,7 +877,7 @@ def collate(samples # a list of samples, such as pairs of tensor and number
         listing = '; '.join(f'{k} ({_some(v, 2)})' for k, v in kinds.items())
         raise ValueError(f'the samples of a batch cannot be stacked: {listing}: {_remedy(kinds)}. ({e})') from e
 
-# %% ../nbs/08_datablock.ipynb #08_datablock-153
+# %% ../nbs/08_datablock.ipynb #08_datablock-155
 class SeededDataLoader(DataLoader):
     "A loader whose samples depend on (seed, pass, index) alone: not on the workers, nor on what else draws random numbers."
     def __init__(self,
@@ -969,7 +969,7 @@ def get_dls(train_ds,        # dataset
     train_dl = SeededDataLoader(train_ds, bs, seed, shuffle=True, drop_last=drop_last, **kwargs)
     return train_dl, None if valid_ds is None else SeededDataLoader(valid_ds, bs*2, seed, **kwargs)
 
-# %% ../nbs/08_datablock.ipynb #08_datablock-163
+# %% ../nbs/08_datablock.ipynb #08_datablock-165
 def _dataset(dl): return None if dl is None else dl.dataset.ds if isinstance(dl.dataset, SeededDataset) else dl.dataset
 
 
@@ -1015,7 +1015,7 @@ def databunchify(sd:SplitData, # of labelled data
 
 SplitData.to_databunch = databunchify
 
-# %% ../nbs/08_datablock.ipynb #08_datablock-167
+# %% ../nbs/08_datablock.ipynb #08_datablock-169
 def show_batch(x,            # a `DataBunch`, or images as for `show_image`
                labels=None,  # a title for each; a DataBunch brings its own
                c=4,          # columns
@@ -1035,7 +1035,7 @@ def show_batch(x,            # a `DataBunch`, or images as for `show_image`
     for i, (ax, im) in enumerate(zip(axs.flat, x)): show_image(im, ax, title=None if labels is None else labels[i])
     plt.tight_layout()
 
-# %% ../nbs/08_datablock.ipynb #08_datablock-170
+# %% ../nbs/08_datablock.ipynb #08_datablock-172
 def _range(a): # of an array, in words
     if a.size == 0 or a.dtype.kind not in 'biuf': return ''
     return f'{a.min():.4g}' if a.size == 1 else f'{a.min():.4g} to {a.max():.4g}, mean {a.mean():.4g}'
@@ -1067,7 +1067,7 @@ def _stages(il, procs): # from what stood before the processors to a sample
     get = [] if type(il).get is ItemList.get else [('get', il.get)]
     return [(type(p).__name__, p.proc1) for p in ordered(procs)] + get + [(_named(f), f) for f in ordered(il.tfms)]
 
-# %% ../nbs/08_datablock.ipynb #08_datablock-171
+# %% ../nbs/08_datablock.ipynb #08_datablock-173
 def explain(x,         # an item list, labelled or split data (of which the training side), or a DataBunch
             i:int=0,   # position
            )->Table:   # a row a stage
@@ -1094,7 +1094,7 @@ def explain(x,         # an item list, labelled or split data (of which the trai
 _stage_columns = ['stage', 'gives', 'shape', 'range', 'ms']
 for o in ItemList, LabeledData, SplitData, DataBunch: o.explain = explain
 
-# %% ../nbs/08_datablock.ipynb #08_datablock-177
+# %% ../nbs/08_datablock.ipynb #08_datablock-179
 @dataclass
 class CheckReport:
     "What `check` has found. Printed, it names the first few of each kind; the attributes have all."
@@ -1127,7 +1127,7 @@ class CheckReport:
         if self.gathered: lines.append(f'in the class of the others: {_some([f"{k} ({n})" for k, n in self.gathered.items()], 10)}')
         return '\n'.join(lines + [f'- {o}' for o in self.problems or ['no problems']])
 
-# %% ../nbs/08_datablock.ipynb #08_datablock-179
+# %% ../nbs/08_datablock.ipynb #08_datablock-181
 class CheckError(ValueError):
     "Data that `check` refuses; `report` is its `CheckReport`."
 
@@ -1176,7 +1176,7 @@ def _balance(sides, labels): # label -> numbers of items; label without a traini
                 if not balance[label][0]: unseen.setdefault(label, []).append(sides[1].items[i])
     return {k: balance[k] for k in _sorted_labels(set(balance))}, unseen
 
-# %% ../nbs/08_datablock.ipynb #08_datablock-180
+# %% ../nbs/08_datablock.ipynb #08_datablock-182
 def _readable(data, probes): # a side without what cannot be read
     idxs = [i for i, (_, _, why) in enumerate(probes) if why is None]
     if len(idxs) == len(data): return data
@@ -1216,7 +1216,7 @@ def check(sd:SplitData,         # split data, labelled or not
 
 SplitData.check = check
 
-# %% ../nbs/08_datablock.ipynb #08_datablock-187
+# %% ../nbs/08_datablock.ipynb #08_datablock-189
 class ByteToFloat(Transform):
     "Batch transform: bytes become floats from 0 to 1, all at once and on the batch's device. Floats pass."
     random = False
@@ -1235,7 +1235,7 @@ def normalize_chan(x:Tensor,    # images, (N, C, H, W) or (C, H, W), floats
     if x.ndim < 3 or x.shape[-3] != len(mean): raise ValueError(f'normalize_chan: {len(mean)} means for images of shape {tuple(x.shape)}')
     return (x-mean[..., None, None]) / std[..., None, None]
 
-# %% ../nbs/08_datablock.ipynb #08_datablock-190
+# %% ../nbs/08_datablock.ipynb #08_datablock-192
 class Normalizer(Transform):
     "`normalize_chan` with constants, which are kept once for each device they are used on."
     random = False
@@ -1258,7 +1258,7 @@ class Normalizer(Transform):
 
 norm_imagenette = Normalizer((0.47, 0.48, 0.45), (0.29, 0.28, 0.30))
 
-# %% ../nbs/08_datablock.ipynb #08_datablock-193
+# %% ../nbs/08_datablock.ipynb #08_datablock-195
 def normalize_to(train:Tensor, # floats
                  valid:Tensor, # floats
                 )->tuple:      # the same two, normalized
