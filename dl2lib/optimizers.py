@@ -269,7 +269,7 @@ def _run_tensors(parts, ps, states, hyper):
         try: state.update(_chain(parts, p, state, hyper))
         finally: p.grad = g # a part may have put another in its place
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-068
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-069
 _half = torch.float16, torch.bfloat16
 
 def _stand_in(p): # what steppers work on in place of `p`: of half precision a float32 copy, of complex numbers their two parts
@@ -279,7 +279,7 @@ def _stand_in(p): # what steppers work on in place of `p`: of half precision a f
     q.grad = g
     return q
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-070
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-072
 def _is_tensors(o): return isinstance(o, (Tensor, TensorList))
 
 def _run_pack(parts, p, g, old, numbers, hyper)->dict: # `old`: the state's tensors; -> its numbers after the step
@@ -303,7 +303,7 @@ def _run_list(parts, ps, states, hyper, size=None, cut=False):
         last = _run_pack(parts, p, g, dict(zip(keys, ts)), numbers, hyper)
     for s in states: s.update(last)
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-072
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-075
 def _init(stats, p)->dict: # a state
     state = {}
     for o in stats:
@@ -334,7 +334,7 @@ def _agree(run, parts, hyper, want, dtype=torch.float64, tol=1e-9)->bool:
     except Exception: return False
     return len(got) == len(want) and all(a.shape == b.shape and torch.allclose(a, b, tol, tol, equal_nan=True) for a, b in zip(got, want))
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-073
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-076
 def trial(parts,    # steppers before the stats, stats, steppers after them
           hyper,    # name to value
          )->tuple:  # whether they may run over a list, and over pieces of tensors
@@ -348,7 +348,7 @@ def trial(parts,    # steppers before the stats, stats, steppers after them
             ok = [o and _agree(run, deepcopy(parts), h, want) for o, run in zip(ok, (as_list, in_pieces))]
     return ok[0], all(ok)
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-076
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-079
 def _fused_sgd(ps, gs, states, lr, mom=0., wd=0., nesterov=False, **kwargs)->dict: # numbers new to the states
     bufs = [s['grad_avg'] for s in states] if 'grad_avg' in states[0] else []
     torch._fused_sgd_(ps, gs, bufs, weight_decay=float(wd), momentum=mom if bufs else 0., lr=lr, dampening=0., nesterov=nesterov,
@@ -377,7 +377,7 @@ def _run_fused(kernel, parts, ps, states, hyper):
     if new.items() <= states[0].items(): return # as they agree in their numbers
     for s in states: s.update(new)
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-077
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-080
 def _sgd_usable(plain, decay, first, h): return (plain or h['mom'] > 0) and (not decay or not h['wd'] or (plain and first))
 
 def _sgd_kernel(before, stats, after, nesterov=False):
@@ -390,7 +390,7 @@ def _sgd_kernel(before, stats, after, nesterov=False):
 
 sgd_step.fused = momentum_step.fused = _sgd_kernel
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-078
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-081
 def _adam_usable(decay, first, h): return not decay or first or not h['wd']
 
 def _adam_kernel(before, stats, after):
@@ -403,11 +403,11 @@ def _adam_kernel(before, stats, after):
 
 adam_step.fused = _adam_kernel
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-079
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-082
 def _kernel_agrees(found, parts, tol=1e-4)->bool: # tried on copies: torch keeps its kernels private, and may change them
     kernel, usable = found
     hyper = dict(lr=.1, mom=.9, sqr_mom=.99, eps=1e-3, wd=.1)
-    if not usable(hyper): hyper['wd'] = 0.
+    if not usable(hyper) or not any(f in (weight_decay, l2_reg) for f in [*parts[0], *parts[2]]): hyper['wd'] = 0.
     try: want = _trajectory(_run_tensors, parts, hyper, dtype=torch.float32)
     except Exception: return False
     return _agree(partial(_run_fused, kernel), parts, hyper, want, dtype=torch.float32, tol=tol)
@@ -418,7 +418,7 @@ def _fusable(optimizer):
         found = f.fused(*optimizer.parts) if hasattr(f, 'fused') else None
         if found: return found if _kernel_agrees(found, optimizer.parts) else None
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-081
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-085
 engines = None, 'tensor', 'list', 'fused'
 _pack_size = 1 << 19 # elements for each thread: more fall out of the cache between two operations, fewer pay for more calls
 
@@ -445,7 +445,7 @@ def _check_engine(opt):
         raise ValueError("engine='list': these parts do not give the same over a list of tensors")
     if opt.engine == 'fused' and not opt._fused: raise ValueError("engine='fused': torch has no kernel for these parts")
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-083
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-088
 def _bucketed(opt, ps, states)->list: # (parameters, states) that are on one device, of one type, and agree in the numbers of their state; small ones first
     res = {}
     for p, state in sorted(zip(ps, states), key=lambda o: _is_big(o[0])):
@@ -461,7 +461,7 @@ def _run_bucket(opt, ps, states, hyper):
     _pick_engine(opt, qs, hyper)(opt.parts, qs, states, hyper)
     if ps[0].dtype in _half: torch._foreach_copy_([p.detach() for p in ps], qs)
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-085
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-091
 def _same(a, b): return len(a) == len(b) and all(map(_is, a, b))
 
 def _check_grads(opt, i, ps):
@@ -484,7 +484,7 @@ def _step_group(opt, i, pg): # its number, the group
         opt._plans[i] = was = ps, list(opt.state.values()), buckets
     for bucket in was[2]: _run_bucket(opt, *bucket, hyper)
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-087
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-094
 _torch_keys = {'params', 'param_names', 'name', 'initial_lr', 'max_lr', 'min_lr', 'max_momentum', 'base_momentum', 'swa_lr', 'lr_scale'}
 
 def _hyper(pg)->dict: # a group's hyperparameters
@@ -499,7 +499,7 @@ def _check_parts(steppers, stats):
         if isinstance(s, type) or not (hasattr(s, 'init_state') and hasattr(s, 'update')):
             raise TypeError(f'{_name(s) if not isinstance(s, type) else s.__name__} is no stat: give an instance of a Stat')
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-088
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-095
 def _vocabulary(opt)->tuple: # hyperparameters that the parts use; (part, name) of those that they cannot do without
     needs = [(_name(o), k, optional) for o in opt.all_parts for k, optional in _needs(o).items() if k not in opt._provided]
     used = {k for _, k, _ in needs}.union(*(get_defaults(o) for o in opt.all_parts)) - opt._provided
@@ -524,7 +524,7 @@ def _check_hypers(opt, group, i):
     for part, k in needed:
         if k not in group: raise TypeError(f'{part} needs the hyperparameter {k!r}, and nobody gives it (group {i}): pass {k}=...')
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-090
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-097
 _kept = 'steppers stats engine parts _provided _vocabulary _trial _fused'.split()
 
 def _check_one(opt, state, p, where):
@@ -560,7 +560,7 @@ def _exact_state(opt, sd): # torch rounds what it loads to the parameter's type:
             for name, v in sd['state'].get(k, {}).items():
                 opt.state[p][name] = v.detach().clone().to(p.device) if isinstance(v, Tensor) else v
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-092
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-099
 def _as_text(opt)->str:
     lines = [f'{type(opt).__name__}({" -> ".join(_describe(o) for o in opt.all_parts)})']
     for i, pg in enumerate(opt.param_groups):
@@ -575,7 +575,7 @@ def _as_formula(opt)->str: # Markdown
     hs = ', '.join(f'{k}={v}' for k, v in _hyper(pg).items())
     return f'**{type(opt).__name__}**: {hs}\n\n$$\\begin{{aligned}}{lines}\\end{{aligned}}$$'
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-094
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-101
 def _is_watched(opt)->bool: # whether its steps have hooks, or a profiler is at work
     try: return bool(opt._optimizer_step_pre_hooks or opt._optimizer_step_post_hooks or torch_optimizer._global_optimizer_pre_hooks
                      or torch_optimizer._global_optimizer_post_hooks or torch.autograd._profiler_enabled())
@@ -649,7 +649,7 @@ class Optimizer(torch.optim.Optimizer):
     def __repr__(self): return _as_text(self)
     def _repr_markdown_(self): return _as_formula(self)
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-095
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-102
 class StatefulOptimizer(Optimizer):
     "An `Optimizer` with a state for each parameter, which stats keep, and which its steppers are handed."
     def __init__(self, params, # as for `Optimizer`
@@ -660,7 +660,7 @@ class StatefulOptimizer(Optimizer):
         self.stats = listify(stats)
         super().__init__(params, steppers, engine=engine, **hypers)
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-097
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-104
 sgd_opt = partial(Optimizer, steppers=[weight_decay, sgd_step])
 sgd_mom_opt = partial(StatefulOptimizer, steppers=[momentum_step, weight_decay], stats=[AverageGrad()], wd=.01)
 

@@ -193,6 +193,18 @@ def test_a_kernel_that_is_missing_or_changed_is_not_used(name, monkeypatch):
         for a, b in zip(ps, want): assert_close(a, b)
         with pytest.raises(ValueError, match="engine='fused'"): make(params(), lr=.1, engine='fused')
 
+@pytest.mark.parametrize('steppers, stats', [(sgd_step, []), (momentum_step, [AverageGrad()]), ([l2_reg, momentum_step], [AverageGrad()]),
+                                             (adam_step, [AverageGrad(dampening=True), AverageSqrGrad(), StepCount()])])
+def test_chains_with_and_without_a_decay_have_a_kernel(steppers, stats):
+    for wd in ({}, dict(wd=.1)) if isinstance(steppers, list) else ({},):
+        want, got = params(), params()
+        for ps, engine in (want, 'tensor'), (got, 'fused'):
+            opt = StatefulOptimizer(ps, steppers, copy.deepcopy(stats), engine=engine, lr=.1, **wd)
+            for t in range(4):
+                for i, p in enumerate(ps): p.grad = torch.full_like(p, .3*(i+1) - .2*t)
+                opt.step()
+        for a, b in zip(got, want): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
 def test_fused_is_used_where_it_can_be():
     calls, f = [], torch._fused_adamw_
     ps = params()
