@@ -386,7 +386,7 @@ def fit_matrix(size,     # of the images, (width, height)
     x, y = (1. if n/f - o < 1 else o*f/n for n, o in ((w, ow), (h, oh)))
     return _box_matrix(*torch.tensor([[x], [y], [0], [0]], dtype=torch.float64))
 
-# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-055
+# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-056
 def _drawn(op, u, make, other): # what an op makes of its numbers; `other` for images that do not get it, as the first number says
     m = make(u[:, 1:])
     return m if op.p == 1 else torch.where((u[:, 0] < op.p).view(-1, *[1]*(m.ndim-1)), m, other)
@@ -406,7 +406,7 @@ def _compose(drawn, n, c, size, out_size): # pairs (op, its numbers) -> AugmentD
     if boxes is not None and np.isnan(boxes.numpy()).all(): boxes = None
     return AugmentDraws(size, out_size, _product(warps + [window]*(not _is_identity(window)), n, 3), _product(colours, n, c+1), boxes)
 
-# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-057
+# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-058
 def _check_images(x, what):
     if not isinstance(x, Tensor): raise TypeError(f'{what}: x is a {type(x).__name__}: give images as a tensor (N,C,H,W)')
     if x.ndim != 4: raise ValueError(f'{what}: x has shape {tuple(x.shape)}: give images (N,C,H,W){", one as x[None]" if x.ndim == 3 else ""}')
@@ -423,7 +423,7 @@ def _check_matrices(m, shape, what): # reads only what lies on the CPU
     bad = np.flatnonzero(~np.isfinite(m.detach().numpy()).all((1, 2)))
     if len(bad): raise ValueError(f'{what}: matrix {bad[0]} has {m[bad[0]].tolist()}: all numbers must be finite')
 
-# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-058
+# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-059
 def _check_ops(ops):
     for o in ops:
         if not isinstance(o, (GeometryOp, ColourOp, RandomErase)):
@@ -447,7 +447,7 @@ def _check_norm(norm): # a Normalizer, or a pair, or None -> means and deviation
     if len(mean) != len(std) or not all(s > 0 for s in std): raise ValueError(f'AugmentBatch: norm={norm!r}: give as many deviations as means, each above 0')
     return mean, std
 
-# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-059
+# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-060
 def _is(m, want): # whether matrices on the CPU are `want`, as near as makes no difference
     return bool((np.abs(m.detach().numpy() - want.numpy()) <= 1e-9).all())
 
@@ -461,7 +461,7 @@ def _affine(m): # without a third row that does nothing: its grid needs no divis
     m = m/m[:, 2:, 2:]
     return m[:, :2] if _is(m[:, 2], torch.tensor([0., 0, 1])) else m
 
-# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-061
+# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-063
 def _plan_colour(m, norm, is_byte): # drawn matrices -> those that make what the model gets of what has been read; None: there is nothing to do
     if norm is None and _is_identity(m): return None
     c = m.shape[-1] - 1
@@ -481,7 +481,7 @@ def _send_all(parts, x): # tensors (N or 1, ...) on the CPU, or None -> the same
     sent = iter(_send(torch.cat(flat, 1).to(torch.float64 if x.dtype == torch.float64 else torch.float32), x).split([f.shape[1] for f in flat], 1))
     return [p if p is None else next(sent).reshape(n, *p.shape[1:]) for p in parts]
 
-# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-063
+# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-066
 def _floats(x): return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
@@ -508,7 +508,7 @@ def _in_parts(f, x, params, out_size, size=1<<20): # on a CPU, so many images at
     for i in range(0, len(x), n): out[i:i+n] = f(fetch(x[i:i+n]), *(None if p is None else p[i:i+n] for p in params))
     return out
 
-# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-064
+# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-068
 class AugmentBatch(Transform):
     """Augments a batch: each image has its own warp, sampled once, and its own colours. Bytes or floats in, floats out, on their device. What is drawn
     comes from torch's CPU generator, or from the one that is given. `valid` is its counterpart for validation: no ops, and else the same."""
@@ -563,7 +563,7 @@ class AugmentBatch(Transform):
         kept = {k: v for k, v in vars(self).items() if k in ('size', 'norm', 'mode', 'padding_mode', 'antialias', 'clip')}
         return f'AugmentBatch({list(self.ops)}, {", ".join(f"{k}={v!r}" for k, v in kept.items())})'
 
-# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-068
+# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-072
 def _shown(x, norm): # floats -> as a picture
     if norm is not None: x = x*torch.tensor(norm[1])[:, None, None] + torch.tensor(norm[0])[:, None, None]
     return x.clamp(0, 1)
@@ -590,7 +590,7 @@ def show_augmented(x:Tensor,         # one image, (C,H,W), bytes or floats
     ims = _shown(tfm(x.expand(n, *x.shape), generator), _check_norm(tfm.norm))
     return _grid(ims, cols, side)
 
-# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-070
+# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-074
 def show_extremes(x:Tensor,  # one image, (C,H,W), bytes or floats
                   ops,       # of a batch, such as RandomRotate(30)
                   side=1.3,  # of a picture, inches
@@ -605,13 +605,13 @@ def show_extremes(x:Tensor,  # one image, (C,H,W), bytes or floats
         titles += [f"{type(op).__name__.removeprefix('Random')}\n{k}" for k in ('least', 'middle', 'most')]
     return _grid(ims, min(len(ims), 9), side, titles)
 
-# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-081
+# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-085
 class AugmentCallback(BatchTransformXCallback):
     "An `AugmentBatch` on every training batch, and its `valid` on every other."
     def __init__(self, ops=(), size=None, **kwargs): # as for AugmentBatch
         super().__init__(AugmentBatch(ops, size, **kwargs))
 
-# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-087
+# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-091
 def mix_targets(yb:Tensor,   # classes, (N,), whole numbers; or floats, (N,...)
                 perm:Tensor, # of the images mixed in, (N,)
                 lam:Tensor,  # share of the image itself, (N,)
@@ -622,7 +622,7 @@ def mix_targets(yb:Tensor,   # classes, (N,), whole numbers; or floats, (N,...)
     res = torch.zeros(len(yb), c, device=yb.device).scatter_(1, yb[:, None], lam[:, None])
     return res.scatter_add_(1, yb[perm][:, None], 1-lam[:, None])
 
-# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-090
+# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-094
 class _MixedLoss: # a loss for the time of a fit: in training, its targets are mixed as the batch was
     def __init__(self, mix, loss_func): self.mix, self.loss_func = mix, loss_func
 
@@ -638,7 +638,7 @@ class _MixedLoss: # a loss for the time of a fit: in training, its targets are m
             name = getattr(self.loss_func, '__name__', type(self.loss_func).__name__)
             raise TypeError(f'{type(self.mix).__name__}: the loss {name} does not take probabilities (N, classes) as targets, as cross_entropy does: {e}') from e
 
-# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-091
+# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-095
 class _Mix(Callback): # what MixUp and CutMix share. A subclass has `mix(xb, perm, lam)`, which returns images and shares; all on their device
     _order, perm, lam = 2.5, None, None
     def __init__(self, alpha): # of the Beta distribution that shares come from
@@ -673,7 +673,7 @@ class MixUp(_Mix):
     def __init__(self, alpha=0.4): super().__init__(alpha)
     def mix(self, xb, perm, lam, at): return torch.lerp(xb[perm], xb, lam.to(xb.dtype).view(-1, *[1]*(xb.ndim-1))), lam
 
-# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-092
+# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-096
 def _lines(n, share, at): # of n pixels, about as large a share, somewhere: which (N,n), and their exact share (N,)
     k = (share*n).round()
     start, i = (at*(n-k+1)).floor().minimum(n-k), torch.arange(n, device=at.device)
