@@ -23,11 +23,11 @@ def main(*options):
         for command, what in STEPS[:2] if '--no-test' in options else STEPS:
             start = time.time()
             done = subprocess.run(command.split(), cwd=clone, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            took, said = time.time()-start, done.stdout.strip().splitlines()
-            print(command, f'{took:.0f} s, exit {done.returncode}', *said[-5:], sep='\n', flush=True)
+            took, said = round(time.time()-start), done.stdout.strip().splitlines()
+            print(command, f'{took} s, exit {done.returncode}', *said[-5:], sep='\n', flush=True)
             ends = next((l for l in reversed(said) if re.search(r'validation accuracy|passed|failed', l)), '')
             size = sum(p.lstat().st_size for p in (clone/'.venv').rglob('*'))/1e9
-            rows.append([f'`{command}`', what, f'{int(took//60)}:{took%60:02.0f}', done.returncode, re.sub(r' in [\d.]+s.*', '', ends.strip('= '))])
+            rows.append([f'`{command}`', what, f'{took//60}:{took%60:02}', done.returncode, re.sub(r' in [\d.]+s.*', '', ends.strip('= '))])
     save('fresh_clone', f'# From a fresh clone, commit {head}\n\nThe environment takes {size:.1f} GB. pip had none of the packages kept from before; how long the first step takes depends on the network.\n\n'
          + table(['command', 'what it does', 'min:s', 'exit status', 'its last word'], rows) + '\n\n`python benchmarks/fresh_clone.py`')
 
