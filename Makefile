@@ -39,7 +39,7 @@ update: $(STAMP) ## modules -> notebooks: bring what was edited in dl2lib/ back 
 	$(BIN)/nbdev_export
 
 clean: ## remove what builds and tests leave behind; .venv, data and out/ stay
-	rm -rf build dist .pytest_cache .ruff_cache .ipynb_checkpoints nbs/.ipynb_checkpoints
+	rm -rf build dist .pytest_cache .ruff_cache .ipynb_checkpoints nbs/.ipynb_checkpoints nbs/engine/.ipynb_checkpoints
 	find dl2lib tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # An environment installed elsewhere (a moved or copied folder) names its old place in every script: make it anew.

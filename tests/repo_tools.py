@@ -4,7 +4,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BY_HAND = ['__init__.py', 'all.py']                 # the files of dl2lib that no notebook exports
-NOTEBOOKS = sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if p.name[0] not in '._')
+
+def notebooks(root=ROOT):
+    "The course, and then the rooms behind it: notebooks, each lane in the order of its file names."
+    return [p for lane in ('nbs', 'nbs/engine') for p in sorted((root/lane).glob('*.ipynb')) if p.name[0] not in '._']
+
+NOTEBOOKS = notebooks()
+COURSE, ENGINE = ([p for p in NOTEBOOKS if (p.parent.name == 'engine') is room] for room in (False, True))
 MODULES = sorted(p.stem for p in (ROOT/'dl2lib').glob('*.py') if p.name[0] != '_')
 CHAPTERS = [m for m in MODULES if m != 'all']
 OF_MAKE = {'MAKEFLAGS', 'MFLAGS', 'MAKEOVERRIDES', 'MAKELEVEL', 'PYTHON'}  # what a make above us would hand to one below
@@ -41,9 +47,9 @@ def copy_repo(dest,           # folder to make
     "A copy of what belongs to the library: notebooks, modules, settings and the files that package it."
     for name in ('settings.ini', 'setup.py', 'constraints.txt', 'MANIFEST.in', 'README.md', 'LICENSE', 'Makefile', 'pytest.ini'):
         if (root/name).exists(): (dest/name).parent.mkdir(parents=True, exist_ok=True); shutil.copy(root/name, dest/name)
-    for sub in ('nbs', 'dl2lib', '.ci'): (dest/sub).mkdir(parents=True)
+    for sub in ('nbs/engine', 'dl2lib', '.ci'): (dest/sub).mkdir(parents=True)
     for p in (root/'.ci').iterdir(): shutil.copy(p, dest/'.ci')
-    for p in (root/'nbs').glob('*.ipynb'): shutil.copy(p, dest/'nbs')
+    for p in notebooks(root): shutil.copy(p, dest/p.relative_to(root))
     for p in (root/'dl2lib').glob('*.py'):
         if exported or p.name in BY_HAND: shutil.copy(p, dest/'dl2lib')
     return dest
@@ -63,6 +69,10 @@ def directives(cell):
         if not m and line.strip(): break
         if m: res[m[1]] = m[2].strip()
     return res
+
+def front_door(root=ROOT):
+    "The modules of dl2lib in the order in which all.py brings them: the order of the whole library."
+    return re.findall(r'^from dl2lib\.(\w+) import', (root/'dl2lib'/'all.py').read_text(encoding='utf-8'), re.M)
 
 def module_of(path):
     "The module that a notebook exports, or None."

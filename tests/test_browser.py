@@ -45,7 +45,7 @@ def test_progress_tables_of_the_chapter_about_them_are_recognized():
     assert kept['epochs'] >= 1 and kept['pictures'] >= 1
 
 def test_notebooks_are_chosen_by_name():
-    assert [p.stem for p in chosen(['nbs/03_schedules.ipynb', '00_core'])] == ['00_core', '03_schedules'] and chosen([]) == NOTEBOOKS
+    assert [p.stem for p in chosen(['nbs/engine/00_core.ipynb', '03_schedules'])] == ['03_schedules', '00_core'] and chosen([]) == NOTEBOOKS
     with pytest.raises(SystemExit, match='no such notebook: 99_none'): chosen(['99_none'])
 
 def test_without_a_browser_it_says_what_to_install(tmp_path):

@@ -43,7 +43,7 @@ def test_terms_are_in_order_and_said_once():
 
 @pytest.mark.parametrize('term,meaning,chapters', TERMS, ids=[t[0] for t in TERMS])
 def test_names_of_a_term_belong_to_its_chapters(term, meaning, chapters):
-    books = [p for p in NOTEBOOKS if f'nbs/{p.name}' in chapters]
+    books = [p for p in NOTEBOOKS if p.relative_to(ROOT).as_posix() in chapters]
     assert books, f'{term}: no chapter is named'
     names = set(re.findall(r'`(\w+)`', meaning)) - {'code', 'after_loss'}
     known = {n for p in books for n in importlib.import_module(f'dl2lib.{module_of(p)}').__all__}

@@ -64,7 +64,7 @@ def different(path, saved, nb):
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_runs_in_a_kernel_and_shows_what_was_saved(path, tmp_path):
     copy = copy_repo(tmp_path/'repo')
-    messages = list(different(path, *run_in_kernel(copy/'nbs'/path.name, copy, tmp_path)))
+    messages = list(different(path, *run_in_kernel(copy/path.relative_to(ROOT), copy, tmp_path)))
     assert not messages, '\n\n'.join(messages)
 
 

@@ -3,7 +3,7 @@ every public name says what it does; no name is undefined; and the wheel built f
 import ast, importlib, json, re, shutil, sys, tarfile, zipfile
 
 import pytest
-from repo_tools import CHAPTERS, MODULES, ROOT, copy_repo, python, sh
+from repo_tools import CHAPTERS, MODULES, ROOT, copy_repo, notebooks, python, sh
 
 import dl2lib
 
@@ -132,8 +132,8 @@ def test_the_wheel_built_from_the_sdist_works_without_jupyter(tmp_path):
     sh([sys.executable, '-m', 'build', '--no-isolation', '--outdir', out, copy], tmp_path)     # an sdist, and from it a wheel
     sdist, wheel = next(out.glob('*.tar.gz')), next(out.glob('*.whl'))
     shipped = {n.partition('/')[2] for n in tarfile.open(sdist).getnames()}
-    notebooks = {f'nbs/{p.name}' for p in (copy/'nbs').iterdir()}
-    assert {'settings.ini', 'setup.py', 'constraints.txt', 'Makefile', 'LICENSE', 'README.md', 'pytest.ini', '.ci/run', '.ci/venv', 'tests/conftest.py'} | notebooks <= shipped
+    books = {p.relative_to(copy).as_posix() for p in notebooks(copy)}
+    assert {'settings.ini', 'setup.py', 'constraints.txt', 'Makefile', 'LICENSE', 'README.md', 'pytest.ini', '.ci/run', '.ci/venv', 'tests/conftest.py'} | books <= shipped
     inside = zipfile.ZipFile(wheel).namelist()
     assert {n for n in inside if '.dist-info/' not in n} == {f'dl2lib/{p.name}' for p in (copy/'dl2lib').glob('*.py')}
     meta = zipfile.ZipFile(wheel).read(next(n for n in inside if n.endswith('/METADATA'))).decode()

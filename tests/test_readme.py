@@ -53,7 +53,7 @@ def test_make_commands_exist():
 def test_files_exist_and_every_notebook_is_listed():
     missing = [f for f in links_of(README) if not (ROOT/f).exists()]
     assert not missing, f'named in README.md and not there: {missing}'
-    unlisted = [p.name for p in NOTEBOOKS if f'nbs/{p.name}' not in links_of(README)]
+    unlisted = [p.name for p in NOTEBOOKS if p.relative_to(ROOT).as_posix() not in links_of(README)]
     assert not unlisted, f"not in README.md's table of notebooks: {unlisted}"
 
 def test_no_machine_path(): assert not re.findall(r'/(?:home|root|tmp|work|Users)/\S*', README)

@@ -5,8 +5,8 @@ import ast, re
 
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
-from repo_tools import (BY_HAND, CHAPTERS, NOTEBOOKS, ROOT, code_cells, copy_repo, directives, module_of, nbdev, python, read_nb,
-                        replace_body, sh, source)
+from repo_tools import (BY_HAND, CHAPTERS, COURSE, NOTEBOOKS, ROOT, code_cells, copy_repo, directives, front_door, module_of, nbdev, notebooks, python,
+                        read_nb, replace_body, sh, source)
 
 each_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 
@@ -35,7 +35,7 @@ def drift(root, scratch):
     fresh = copy_repo(scratch, root, exported=False)
     nbdev('nbdev_export', fresh)
     here, there = ({p.name: p for p in (r/'dl2lib').glob('*.py') if p.name not in BY_HAND} for r in (root, fresh))
-    notebook = {f'{module_of(p)}.py': p for p in (root/'nbs').glob('*.ipynb')}
+    notebook = {f'{module_of(p)}.py': p for p in notebooks(root)}
     res = []
     for name in sorted(here.keys() | there.keys()):
         if name not in here: res.append(f'dl2lib/{name} is missing: run `make export`, which writes it')
@@ -57,7 +57,7 @@ def test_modules_are_what_the_notebooks_export(tmp_path):
 def tracked(tmp_path):
     "A small repository under git: two notebooks, exported and committed."
     root = copy_repo(tmp_path/'tracked', exported=False)
-    for p in (root/'nbs').iterdir(): p.unlink()
+    for p in notebooks(root): p.unlink()
     for name in ('00_one', '01_two'): write_small(root, name, 'def answer(): return 1')
     nbdev('nbdev_export', root)
     git(root, 'init', '-q')
@@ -103,7 +103,7 @@ def test_a_drift_says_which_way_to_go(tracked, tmp_path, case):
 def test_notebooks_are_clean(tmp_path):
     copy = copy_repo(tmp_path/'copy')
     nbdev('nbdev_clean', copy)
-    dirty = [p.name for p in NOTEBOOKS if p.read_bytes() != (copy/'nbs'/p.name).read_bytes()]
+    dirty = [p.name for p in NOTEBOOKS if p.read_bytes() != (copy/p.relative_to(ROOT)).read_bytes()]
     assert not dirty, f'run `make export`, which cleans them: {dirty}'
 
 def texts(nb):
@@ -193,22 +193,28 @@ import dl2libre.g, torch.h
 '''
     assert set(imported(src)) == set('abcdef')
 
-ORDER = {module_of(p): i for i, p in enumerate(NOTEBOOKS)}
-AFTER_ALL = min((i for i, p in enumerate(NOTEBOOKS) if p.name >= '11_train'), default=len(NOTEBOOKS))  # from here on dl2lib.all may be used
+ORDER = {name: i for i, name in enumerate(front_door())}
+
+def test_the_front_door_names_every_module_once():
+    named = front_door()
+    assert len(named) == len(set(named)) and sorted(named) == CHAPTERS, 'dl2lib/all.py brings each module that a notebook exports, once'
+
+def test_the_course_is_read_in_the_order_of_the_modules():
+    exported = [module_of(p) for p in COURSE if module_of(p)]
+    assert exported == sorted(exported, key=ORDER.get), 'the chapters are numbered in the order in which dl2lib/all.py brings their modules'
 
 @each_notebook
-def test_no_notebook_imports_a_later_one(path):
-    here = NOTEBOOKS.index(path)
+def test_no_notebook_imports_a_later_module(path):
+    name, last = module_of(path), COURSE[-1]
     for cell in code_cells(path):
         exports = any(d.startswith('export') for d in directives(cell))
         for m in imported(TransformerManager().transform_cell(source(cell))):
-            if m == 'all': assert here >= AFTER_ALL and not exports, f'{path.name} imports dl2lib.all, which needs every chapter:\n{source(cell)}'
-            elif m in ORDER:
-                assert ORDER[m] < here + (not exports), f'{path.name} imports {m}, which comes no sooner ({NOTEBOOKS[ORDER[m]].name}):\n{source(cell)}'
+            if m == 'all': assert (name is None or path == last) and not exports, f'{path.name} imports dl2lib.all, which needs every chapter:\n{source(cell)}'
+            elif m in ORDER: # cells that are not exported may import what their own notebook has exported
+                assert name is None or ORDER[m] < ORDER[name] + (not exports), f'{path.name} imports {m}, which comes later in dl2lib/all.py:\n{source(cell)}'
             else: assert m == '__version__', f'{path.name} imports dl2lib.{m}, which no notebook exports:\n{source(cell)}'
 
 @pytest.mark.parametrize('name', CHAPTERS)
 def test_no_module_imports_a_later_one(name):
     for m in imported((ROOT/'dl2lib'/f'{name}.py').read_text(encoding='utf-8')):
-        if m == '__version__': continue
-        assert m in ORDER and ORDER[m] < ORDER.get(name, 0), f'dl2lib/{name}.py imports {m}, which comes later or nowhere'
+        assert m == '__version__' or ORDER.get(m, len(ORDER)) < ORDER[name], f'dl2lib/{name}.py imports {m}, which comes later in dl2lib/all.py, or nowhere'
