@@ -59,7 +59,8 @@ _REMEDIES = {
 def _explained(e, path):
     "An error of the operating system, with the name that the user gave and a remedy."
     remedy = _REMEDIES.get(e.errno, e.strerror or str(e))
-    return OSError(e.errno or errno.EIO, f'cannot be written: {remedy}. What was there before is still there', str(path))
+    message = f'cannot be written: {remedy}. What was there before is still there'
+    return OSError(e.errno or errno.EIO, message, str(path))
 
 # %% ../nbs/engine/00_safefile.ipynb #00_safefile-019
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
