@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['np_to_float', 'PilTransform', 'uniform', 'PilRandomFlip', 'PilRandomDihedral', 'process_sz', 'default_crop_size',
-           'GeneralCrop', 'CenterCrop', 'RandomResizedCrop', 'find_homographies', 'find_coeffs', 'warp',
-           'PilTiltRandomCrop', 'homography_grid', 'sample_grid', 'affine_batch', 'rotation_matrix', 'rotate_batch',
-           'warp_batch']
+           'GeneralCrop', 'CenterCrop', 'RandomResizedCrop', 'find_coeffs', 'warp', 'PilTiltRandomCrop', 'affine_batch',
+           'rotation_matrix', 'rotate_batch', 'warp_batch']
 
 # %% ../nbs/10_augmentation.ipynb #10_augmentation-002
 import inspect, math, operator, random
@@ -206,7 +205,7 @@ def find_homographies(orig_pts,  # four points (x, y) of each image's original, 
     if info.numpy().any(): raise ValueError(f'orig_pts and targ_pts of image {info.numpy().argmax()}: the point (0, 0) of the result comes from infinity')
     return F.pad(sol, (0, 1), value=1.).view(-1, 3, 3)
 
-
+# %% ../nbs/10_augmentation.ipynb #10_augmentation-037b
 def find_coeffs(orig_pts, # four points (x, y) of the original, (4, 2)
                 targ_pts, # where they come to lie in the result, (4, 2)
                )->list:   # a to h, floats, as Pillow takes them

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['flip_matrix', 'dihedral_matrix', 'shear_matrix', 'zoom_matrix', 'crop_matrix', 'tilt_matrix', 'move_points',
-           'random_boxes', 'BatchOp', 'GeometryOp', 'RandomFlip', 'RandomDihedral', 'RandomRotate', 'RandomShear',
-           'RandomZoom', 'RandomTilt', 'RandomCrop', 'brightness_matrix', 'contrast_matrix', 'saturation_matrix',
-           'normalization_matrix', 'recolour', 'ColourOp', 'RandomBrightness', 'RandomContrast', 'RandomSaturation',
-           'RandomErase', 'erase_boxes', 'shrink_factors', 'triangle_taps', 'AugmentDraws', 'fit_matrix',
-           'AugmentBatch', 'show_augmented', 'show_extremes', 'AugmentCallback', 'mix_targets', 'MixUp', 'CutMix']
+           'BatchOp', 'GeometryOp', 'RandomFlip', 'RandomDihedral', 'RandomRotate', 'RandomShear', 'RandomZoom',
+           'RandomTilt', 'RandomCrop', 'brightness_matrix', 'contrast_matrix', 'saturation_matrix',
+           'normalization_matrix', 'ColourOp', 'RandomBrightness', 'RandomContrast', 'RandomSaturation', 'RandomErase',
+           'AugmentBatch', 'show_augmented', 'show_extremes', 'AugmentCallback', 'MixUp', 'CutMix']
 
 # %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-002
 import math
@@ -312,7 +311,7 @@ class RandomErase(BatchOp):
         self.scale, self.ratio, self.value = _range(scale, 'RandomErase: scale', 1e-4, 1), _range(ratio, 'RandomErase: ratio', 1e-3, 1e3), float(value)
     def boxes(self, u, size): return random_boxes(u, size, self.scale, self.ratio)
 
-
+# %% ../nbs/10a_batch_warp.ipynb #10a_batch_warp-043b
 def erase_boxes(x:Tensor,     # (N,C,H,W)
                 boxes:Tensor, # left, top, right, bottom, from -1 to 1, (N,4); nan: none
                 value=0.,     # what fills them

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'nesterov_step', 'LionGrad', 'rms_step', 'MeanGrad', 'centred_rms_step', 'SumSqrGrad', 'DeltaGrad',
-           'MaxSqrAvg', 'amsgrad_step', 'MaxGrad', 'adamax_step', 'NesterovProduct', 'nadam_step', 'rectification',
-           'radam_step', 'lars_ratio', 'lars_grad', 'orthogonalized', 'muon_step', 'RpropSizes', 'whole_step',
-           'SlowWeights', 'lookahead_step', 'lookahead', 'Entry', 'optimizers_table', 'to_torch', 'from_torch',
-           'decay_groups', 'layer_ratios', 'RatioRecorder']
+           'MaxSqrAvg', 'amsgrad_step', 'MaxGrad', 'adamax_step', 'NesterovProduct', 'nadam_step', 'radam_step',
+           'lars_grad', 'muon_step', 'RpropSizes', 'SlowWeights', 'lookahead_step', 'lookahead', 'optimizers_table',
+           'to_torch', 'from_torch', 'decay_groups', 'layer_ratios', 'RatioRecorder']
 
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-002
 import math
@@ -158,7 +157,7 @@ def rectification(sqr_mom:float, step:int)->float: # 0 where the variance of Ada
     rho = top - 2*step*sqr_mom**step/(1-sqr_mom**step)
     return math.sqrt((rho-4)*(rho-2)*top/((top-4)*(top-2)*rho)) if rho > 5 else 0.
 
-
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-024b
 def radam_step(p, lr, mom, mom_damp, step, sqr_mom, sqr_damp, grad_avg, sqr_avg, eps, **kwargs):
     "Adam times the rectification; plain momentum before there is one."
     d1, d2, r = debias(mom, mom_damp, step), debias(sqr_mom, sqr_damp, step), rectification(sqr_mom, step)
@@ -175,7 +174,7 @@ def lars_ratio(p, wd=0., trust=.001, eps=1e-8, **kwargs):
     a, b = p.data.norm(), p.grad.data.norm()
     return torch.where((a > 0) & (b > 0), a/(b + wd*a + eps)*trust, 1.)
 
-
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-028b
 def lars_grad(p, wd, trust, eps, **kwargs):
     "Makes each tensor's gradient, with the decay, about as long as its parameter, times `trust` (arXiv 1708.03888)."
     ratio = lars_ratio(p, wd, trust, eps)
@@ -206,7 +205,7 @@ def orthogonalized(x:Tensor, # (rows, columns)
         x = torch.addmm(x, _symmetric(lambda i, j: torch.addmm(a[i, j], a[i], a[:, j], beta=-4.7750, alpha=2.0315), x), x, beta=3.4445)
     return x if wide else x.T
 
-
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-030b
 def muon_step(p, lr, mom, wd, grad_avg, **kwargs):
     "Along the orthogonalized Nesterov average: for the matrices of hidden layers, and no other tensor."
     if p.ndim != 2: raise ValueError(f'muon_step is for matrices, and a parameter has shape {tuple(p.shape)}: give it another optimizer')
@@ -230,7 +229,7 @@ class RpropSizes(Stat):
         p.grad = state['prev'].sign().mul_(state['sizes'])
         return {**state, 'begun': True}
 
-
+# %% ../nbs/09a_zoo.ipynb #09a_zoo-035b
 def whole_step(p, **kwargs):
     r"The gradient is the step: $p \leftarrow p - g$."
     p.data.sub_(p.grad.data)
