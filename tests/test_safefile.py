@@ -484,6 +484,21 @@ def test_a_lock_whose_file_was_removed_is_taken_anew():
     assert [c.end() for c in children] == [0]*4
     assert Path('n').read_text() == '200' and there() == ['n']
 
+def test_a_lock_file_that_its_last_holder_removed_is_no_lock(monkeypatch):
+    import fcntl
+    real, locks = fcntl.flock, []
+    def flock(fd, how):
+        real(fd, how)
+        if how & fcntl.LOCK_EX: locks.append(fd)
+        if len(locks) == 1: Path('.w.bin.lock').unlink(missing_ok=True) # between our opening it and our locking it
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    def other():
+        with pytest.raises(BlockingIOError): write(wait=False)
+    with locked('w.bin'):
+        assert len(locks) == 2 and there() == ['.w.bin.lock']
+        assert Child(other).end() == 0
+    assert there() == []
+
 def test_the_lock_can_be_taken_by_another_user():
     with locked('w.bin'): assert os.stat('.w.bin.lock').st_mode & 0o777 == 0o666
 
