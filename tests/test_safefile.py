@@ -236,7 +236,7 @@ def test_a_file_that_may_not_be_so_large():
 @pytest.mark.parametrize('path, error, says', [
     ('file/w.bin', NotADirectoryError, 'its folder is a file'), ('file/below/w.bin', NotADirectoryError, 'its folder is a file'),
     ('nowhere/w.bin', FileNotFoundError, 'no such folder: make it first'), ('folder', IsADirectoryError, 'give the path of a file'),
-    ('.', IsADirectoryError, 'give the path of a file'), ('fifo', FileExistsError, 'something else is there'), ('n'*250, OSError, 'too long')])
+    ('/', IsADirectoryError, 'give the path of a file'), ('.', IsADirectoryError, 'give the path of a file'), ('fifo', FileExistsError, 'something else is there'), ('n'*250, OSError, 'too long')])
 def test_a_place_that_cannot_be_written_is_named(path, error, says):
     touch('file')
     os.mkdir('folder')
@@ -271,7 +271,8 @@ def test_a_lock_that_may_not_be_made_is_explained(monkeypatch):
     with pytest.raises(PermissionError, match="you may not write there: give another folder.*'w.bin'"): write()
 
 @pytest.mark.parametrize('e', [FileNotFoundError(errno.ENOENT, 'gone', 'image.jpg'), PermissionError(errno.EACCES, 'shut', '/elsewhere/w.bin'),
-                               ConnectionResetError(errno.ECONNRESET, 'reset'), TimeoutError('no answer')])
+                               ConnectionResetError(errno.ECONNRESET, 'reset'), TimeoutError('no answer'),
+                               BlockingIOError(errno.EAGAIN, 'a socket')])
 def test_an_error_of_the_users_own_stays_as_it_is(e):
     for opened in new_file, new_folder:
         with pytest.raises(OSError) as got:
