@@ -1,6 +1,6 @@
 """Checkpoints: the file is whole at every moment and refuses all that is not; a fit goes on to the bit from wherever it was killed, with
 every optimizer and callback; what is another training is refused; an interrupt leaves the Learner usable, no hooks, no workers."""
-import copy, errno, gc, io, multiprocessing as mp, os, pickle, random, resource, signal, struct, sys, threading, time, traceback, warnings
+import copy, errno, gc, hashlib, io, multiprocessing as mp, os, pickle, random, resource, signal, struct, sys, threading, time, traceback, warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,6 @@ from dl2lib.learner import Learner
 from dl2lib.optimizers import adam_opt, sgd_mom_opt, sgd_opt
 from dl2lib.practice import CSVLog, EarlyStopping, GradientAccumulation, GradientClip, KeepBest, MixedPrecision, TrackBest
 from dl2lib.progress import ProgressCallback
-from dl2lib.safefile import digest
 from dl2lib.schedules import sched_cos
 from dl2lib.zoo import OPTIMIZERS
 
@@ -245,7 +244,7 @@ class RunsCode:
 def packed(payload, head=b'{"kind": "test", "format": 1, "dl2lib": "0"}'): # a file whose digest fits
     rest = [struct.pack('<I', len(head)), head, payload]
     length = struct.pack('<Q', sum(map(len, rest)))
-    return b''.join([mod._MAGIC, length, digest(length, *rest), *rest])
+    return b''.join([b'\x89dl2lib state\r\n\n', length, hashlib.sha256(b''.join([length, *rest])).digest(), *rest])
 
 def saved(o):
     f = io.BytesIO()
@@ -334,6 +333,25 @@ def test_a_disk_that_keeps_something_else_is_noticed(monkeypatch):
             tmp.write_bytes(b)
     monkeypatch.setattr(os, 'fsync', rot)
     intact('read back, the file is damaged')
+
+def test_the_format_is_that_of_files_written_before():
+    Path('a.state').write_bytes(packed(saved({'i': 7})))
+    assert read_state('a.state', 'test') == {'i': 7}
+    write_state({'i': 8}, 'a.state', 'test')
+    content = Path('a.state').read_bytes()
+    n = struct.unpack('<I', content[56:60])[0]
+    assert content == packed(content[60+n:], content[60:60+n]) and read_state('a.state.prev', 'test') == {'i': 7}
+
+def test_two_writers_of_one_path_do_not_spoil_each_other():
+    def write(k):
+        for i in range(40): write_state({'i': 100*k+i, 't': torch.full((20_000,), k)}, 'a.state', 'test')
+    write(1)
+    writers = [mp.get_context('fork').Process(target=write, args=(k,)) for k in (1, 2, 3)]
+    for p in writers: p.start()
+    while any(p.is_alive() for p in writers):
+        state = read_state('a.state', 'test')
+        assert (state['t'] == state['i']//100).all()
+    assert [p.exitcode for p in writers] == [0]*3 and set(os.listdir()) == {'a.state', 'a.state.prev'}
 
 def test_an_interrupt_while_writing_leaves_nothing(monkeypatch):
     two_files()
