@@ -368,7 +368,8 @@ def shapes(root=None,    # folder for datasets; None: `data_dir()`
            n_valid=500,  # validation images, likewise
            seed=42,      # another seed, other images
           )->Path:       # folder with `train/<class>/*.jpg` and `val/<class>/*.jpg`
-    "Paper cut-outs in ten classes, in Imagenette's layout; found under `root`, or drawn in some 10 seconds."
+    """Paper cut-outs in ten classes, in Imagenette's layout; found under `root`, or drawn in some 10 seconds.
+    Raises `RuntimeError` if the folder that is found lacks images."""
     dest = _shapes_folder(root, n_train, n_valid, seed)
     totals = dict(train=int(n_train), val=int(n_valid))
     if not dest.exists():
@@ -415,7 +416,8 @@ def shapes_tensors(size=32,      # pixels a side, 1 to 256; images are squeezed 
                    n_valid=500,  # validation images, as for `shapes`
                    seed=42,      # another seed, other images
                   )->tuple:      # `x_train, y_train, x_valid, y_valid`: images (n,3,size,size) uint8, labels (n,) int64
-    "Shapes as tensors, class after class; a label is a position in `shape_names`. Decoded once, and kept as one file."
+    """Shapes as tensors, class after class; a label is a position in `shape_names`. Decoded once, and kept as one file.
+    Raises `ValueError` for a size outside 1 to 256."""
     import torch
     _check_int('size', size)
     if not 1 <= size <= 256: raise ValueError(f'size={size} must be from 1 to 256 pixels')
@@ -457,7 +459,8 @@ def _fetch_imagenette(dest, size): # with torchvision, which checks the digest
 def imagenette(size=160,  # 160 or 320 (the shorter side in pixels), or 'full'
                root=None, # folder that holds, or shall hold, `imagenette2-160` and the like; None: `data_dir()`
               )->Path:    # folder with `train/<class>/*.JPEG` (9,469) and `val/<class>/*.JPEG` (3,925)
-    "Imagenette, second edition: found under `root`, or downloaded into it."
+    """Imagenette, second edition: found under `root`, or downloaded into it.
+    Raises `FileNotFoundError` if it cannot be downloaded, `RuntimeError` if the folder that is found lacks images."""
     sizes = list(_imagenette_sizes)
     if size not in sizes: raise ValueError(f'size={size!r} must be one of {", ".join(map(repr, sizes))}')
     name, torchvision_size = _imagenette_sizes[size]

@@ -208,6 +208,23 @@ def test_killed_midway(tmp_path):
     p.communicate()
     assert not [o for o in tmp_path.iterdir() if not o.name.startswith('.')] # nothing that could be taken for the dataset
 
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    kill = '''
+import os, signal, sys
+from dl2lib import datasets as D
+draw, calls = D.shape_image, []
+def die(*args):
+    calls.append(args)
+    if len(calls) == 15: os.kill(os.getpid(), signal.SIGKILL)
+    return draw(*args)
+D.shape_image = die
+D.shapes(sys.argv[1], 20, 10)'''
+    p = python(kill, tmp_path, wait=False)
+    p.communicate(timeout=60)
+    assert p.returncode == -signal.SIGKILL and os.listdir(tmp_path)
+    got = shapes(tmp_path, **SMALL)
+    assert len(files(got)) == 30 and os.listdir(tmp_path) == [got.name]
+
 def test_interrupted_leaves_nothing(tmp_path, monkeypatch):
     draw, calls = D.shape_image, []
     def interrupt(*args):
