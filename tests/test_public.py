@@ -8,7 +8,7 @@ from repo_tools import front_door, python
 PUBLIC = {
     'core': '''test_eq test_near listify setify uniqueify compose ListContainer Table camel2snake noop default_device to_device set_seed
         seed_cpu preserve_rng draws_nothing preserve_mode interrupt_later''',
-    'safefile': '',
+    'safefile': '''''',
     'datasets': '''shape_names imagenette_names data_dir shape_image shapes shapes_tensors imagenette''',
     'schedules': '''annealer sched_lin sched_cos sched_no sched_exp combine_scheds cos_1cycle_anneal create_phases''',
     'callbacks': '''events CancelStepException CancelBatchException CancelEpochException CancelTrainException Callback TrainEvalCallback accuracy
@@ -46,7 +46,7 @@ PUBLIC = {
     'train': '''Settings train''',
 }
 ENGINE = '''main predict_main trial packs engines Entry TrainLoop CallbackHost SeededDataLoader collate write_state read_state
-    new_file new_folder locked sweep digest preserve_order check_event fit_or_go_on make_data triangle_taps'''.split()
+    preserve_order check_event fit_or_go_on make_data triangle_taps'''.split()
 
 
 def test_the_list_has_the_order_of_the_modules(): assert list(PUBLIC) == front_door()
