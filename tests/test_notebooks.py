@@ -21,13 +21,14 @@ def kinds(cell, name):
     res = set()
     for out in cell.outputs:
         if out.output_type == 'stream': res |= {'printed'} if out.name == 'stdout' else set()
-        elif 'image/png' in out.data: res.add(picture(out.data['image/png'], name, cell))
+        elif pictures := [v for k, v in out.data.items() if k in ('image/png', 'image/jpeg', 'image/webp')]:
+            res |= {picture(o, name, cell) for o in pictures}
         elif 'text/html' in out.data: res.add('html')
         else: res |= {k.partition('/')[0] for k in out.data}
     return res
 
-def picture(png, name, cell):
-    with Image.open(io.BytesIO(base64.b64decode(png))) as img: spread = [hi-lo for lo, hi in img.convert('RGB').getextrema()]
+def picture(data, name, cell):
+    with Image.open(io.BytesIO(base64.b64decode(data))) as img: spread = [hi-lo for lo, hi in img.convert('RGB').getextrema()]
     assert max(spread) > 0, f'{name}: an empty picture comes from\n{source(cell)}'
     return 'picture'
 
@@ -72,7 +73,9 @@ def test_skipped_cells_and_kinds_of_output(tmp_path):
     messages = list(different(path, saved, nb))
     assert len(messages) == 2 and 'plt.plot' in messages[0] and messages[0].startswith("small.ipynb shows ['picture'] where the saved notebook has ['printed']")
 
-def test_an_empty_picture_is_seen(tmp_path):
-    blank = 'from PIL import Image\nfrom IPython.display import display\ndisplay(Image.new("RGB", (8, 8), "white"))'
+@pytest.mark.parametrize('kind', ['png', 'jpeg'])
+def test_an_empty_picture_is_seen(tmp_path, kind):
+    blank = ('import io\nfrom PIL import Image\nfrom IPython import display\nf = io.BytesIO()\n'
+             f'Image.new("RGB", (8, 8), "white").save(f, "{kind}")\ndisplay.display(display.Image(f.getvalue()))')
     saved, nb, _ = run_in_kernel(small(tmp_path, (blank, [])), ROOT, tmp_path)
     with pytest.raises(AssertionError, match='(?s)small.ipynb: an empty picture comes from.*white'): list(different(tmp_path/'small.ipynb', saved, nb))
