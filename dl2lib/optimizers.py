@@ -19,7 +19,8 @@ import torch
 import torch.optim.optimizer as torch_optimizer
 from torch import Tensor
 
-from .core import listify, preserve_rng
+from .core import listify
+from .state import preserve_rng
 from .tensorlist import TensorList, _dense, packs
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-007
