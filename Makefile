@@ -7,7 +7,7 @@ JOBS  ?= 2
 
 .PHONY: help train test lab browser export update clean check-python
 help:
-	@echo "make <command>, with PYTHON=/path/to/python3.12 for another interpreter than the first 3.11 or 3.12 found"; \
+	@echo "make <command>, with PYTHON=/path/to/python3.13 for another interpreter than the first of 3.11 to 3.14 found"; \
 	sed -n 's/^\([a-z]*\):.*## /  \1	/p' Makefile
 
 train: $(STAMP) ## train the lesson's CNN, or go on: DATA=folder EPOCHS= SIZE= BS= DEVICE= SEED= OUT=folder ARGS="other options of dl2lib-train"
@@ -31,10 +31,13 @@ browser: $(STAMP) ## run every notebook in JupyterLab in a real browser, screens
 	@$(BIN)/python tests/browser.py $(NB)
 
 export: $(STAMP) ## notebooks -> modules: clean nbs/, then write dl2lib/
+	@$(BIN)/python .ci/check.py notebooks
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
 
 update: $(STAMP) ## modules -> notebooks: bring what was edited in dl2lib/ back into nbs/
+	@$(BIN)/python .ci/check.py modules
+	@$(BIN)/python .ci/check.py notebooks
 	$(BIN)/nbdev_update
 	$(BIN)/nbdev_export
 

@@ -41,7 +41,7 @@ def record_score(chapter:str,    # name of the notebook, such as '09_optimizers'
                  seed=42,        # of the run
                  folder=None,    # where the notebooks are; None: the current folder, or the one above
                 )->None:
-    "Print a chapter's score beside the one before, and put it into the scoreboard; ValueError for what cannot be a score."
+    "Print a chapter's score beside the one before and write its row; ValueError for what cannot be a score."
     if not 0 <= accuracy <= 1: raise ValueError(f'accuracy={accuracy!r} must be from 0 to 1')
     file = _find(folder)
     if file is None: return print(f'Shapes, {new}: {accuracy:.2f} (no scoreboard here: it belongs to the notebooks)')
@@ -65,14 +65,16 @@ def plot_scoreboard(fname=None,  # a PNG to write; None: show the plot
     "Plot the scoreboard, a step for each row. A PNG that it writes holds the digest of the rows."
     import matplotlib.pyplot as plt
     file = _find(folder)
-    if file is None: raise FileNotFoundError('there is no scoreboard.csv here: call this in the folder of the notebooks')
+    if file is None:
+        raise FileNotFoundError('there is no scoreboard.csv here: call this in the folder of the notebooks')
     rows = _read(file)
     scores = [float(r['accuracy']) for r in rows]
     fig, ax = plt.subplots(figsize=(9, 1.2 + 0.42*len(rows)))
     ax.barh(range(len(rows)), scores, color='tab:blue', height=.6)
     for i, s in enumerate(scores): ax.text(s+.01, i, f'{s:.2f}', va='center')
     ax.set_yticks(range(len(rows)), [f'{r["chapter"]}: {r["new"]}' for r in rows])
-    ax.set(xlim=(0, 1.08), xlabel='accuracy on the 500 validation images of Shapes', title='One problem, chapter by chapter')
+    ax.set(xlim=(0, 1.1), xticks=[0, .2, .4, .6, .8, 1], title='One problem, chapter by chapter')
+    ax.set_xlabel('accuracy on the 500 validation images of Shapes')
     ax.invert_yaxis()
     ax.axvline(.1, color='gray', ls=':')
     ax.text(.1, -.62, 'guessing', color='gray', ha='center', fontsize=8)

@@ -51,7 +51,7 @@ def copy_repo(dest,           # folder to make
         if (root/name).exists(): (dest/name).parent.mkdir(parents=True, exist_ok=True); shutil.copy(root/name, dest/name)
     for sub in ('nbs/engine', 'dl2lib', '.ci'): (dest/sub).mkdir(parents=True)
     for p in (root/'.ci').iterdir(): shutil.copy(p, dest/'.ci')
-    for p in notebooks(root): shutil.copy(p, dest/p.relative_to(root))
+    for p in [*notebooks(root), *(root/'nbs').glob('*.csv')]: shutil.copy(p, dest/p.relative_to(root))
     for p in (root/'dl2lib').glob('*.py'):
         if exported or p.name in BY_HAND: shutil.copy(p, dest/'dl2lib')
     return dest

@@ -47,18 +47,23 @@ INSTALL = 'python -m pip install --disable-pip-version-check -c constraints.txt 
 
 # Which Python
 
-@pytest.mark.parametrize('version', ['3.10.13', '3.13.0', '2.7.18', '3.1.2', '3.111.0'])
+@pytest.mark.parametrize('version', ['3.10.13', '3.15.0', '2.7.18', '3.1.2', '3.111.0', '4.11.0'])
 def test_another_python_is_refused_by_name(machine, version):
     other = machine.python('python3.x', version, folder=machine.tmp)
     res = machine.make('test', f'PYTHON={other}', ok=False)
-    assert res.returncode and f'Python {version} at {other} will not do: dl2lib needs 3.11 or 3.12: make PYTHON=' in res.stderr
+    assert res.returncode and f'Python {version} at {other} will not do: dl2lib needs Python 3.11 to 3.14: make PYTHON=' in res.stderr
     assert not (machine.repo/'.venv').exists()
 
+@pytest.mark.parametrize('version', ['3.11.0', '3.12.4', '3.13.0', '3.14.1'])
+def test_each_version_that_settings_allow_is_taken(machine, version):
+    machine.python('python3', version)
+    assert f'with Python {version} at' in machine.make('export').stdout
+
 def test_where_no_python_fits_each_that_was_found_is_named(machine):
-    machine.python('python3', '3.13.0'); machine.python('python', '2.7.18', 'no'); machine.python('python3.12', '3.12.1', able='no')
+    machine.python('python3', '3.15.0'); machine.python('python', '2.7.18', 'no'); machine.python('python3.12', '3.12.1', able='no')
     res = machine.make('test', ok=False)
     assert res.returncode and not (machine.repo/'.venv').exists()
-    for part in ('Python 3.13.0 at', 'Python 2.7.18 at', 'python3.11 does not run', 'cannot make environments', 'dl2lib needs 3.11 or 3.12'): assert part in res.stderr
+    for part in ('Python 3.15.0 at', 'Python 2.7.18 at', 'python3.11 does not run', 'python3.14 does not run', 'cannot make environments', 'dl2lib needs Python 3.11 to 3.14'): assert part in res.stderr
 
 def test_a_name_that_exists_and_does_not_run_is_passed_over(machine):
     for name in ('python3', 'python3.11'): (machine.bin/name).write_text('#!/bin/sh\necho "pyenv: command not found" >&2; exit 127\n'); (machine.bin/name).chmod(0o755)
@@ -70,17 +75,17 @@ def test_a_given_python_is_not_silently_left_out(machine):
     other = machine.python('python3.12', '3.12.4')
     res = machine.make('export', f'PYTHON={other}', ok=False)
     assert res.returncode and '.venv holds Python 3.11.9' in res.stderr and 'is 3.12.4' in res.stderr
-    wrong = machine.python('python3.13', '3.13.0')
-    assert 'Python 3.13.0' in machine.make('export', f'PYTHON={wrong}', ok=False).stderr
+    wrong = machine.python('python3.15', '3.15.0')
+    assert 'Python 3.15.0' in machine.make('export', f'PYTHON={wrong}', ok=False).stderr
     machine.make('export', 'PYTHON=python3')
     assert not machine.calls('pip install')
 
 def test_an_environment_made_by_hand_with_another_python_is_refused_and_kept(machine):
     machine.python('python3')
     (machine.repo/'.venv'/'bin').mkdir(parents=True)
-    by_hand = machine.python('python', '3.13.1', folder=machine.repo/'.venv'/'bin')
+    by_hand = machine.python('python', '3.15.1', folder=machine.repo/'.venv'/'bin')
     res = machine.make('test', ok=False)
-    assert res.returncode and 'Python 3.13.1 at .venv/bin/python will not do' in res.stderr and 'rm -r .venv' in res.stderr
+    assert res.returncode and 'Python 3.15.1 at .venv/bin/python will not do' in res.stderr and 'rm -r .venv' in res.stderr
     assert by_hand.exists()
 
 
@@ -163,9 +168,14 @@ def test_pytest_hears_that_a_notebook_failed(machine):
 
 def test_export_and_update(machine):
     machine.python(); machine.make('export'); machine.make('export')
-    assert machine.calls() == ['nbdev_clean ', 'nbdev_export ']
+    assert machine.calls() == ['python .ci/check.py notebooks', 'nbdev_clean ', 'nbdev_export ']
     machine.make('update')
-    assert machine.calls() == ['nbdev_update ', 'nbdev_export ']
+    assert machine.calls() == ['python .ci/check.py modules', 'python .ci/check.py notebooks', 'nbdev_update ', 'nbdev_export ']
+
+@pytest.mark.parametrize('command', ['export', 'update'])
+def test_nothing_is_written_from_what_is_broken(machine, command):
+    machine.python(); machine.make('export'); machine.fail('check.py notebooks')
+    assert machine.make(command, ok=False).returncode and not [c for c in machine.calls() if c.startswith('nbdev')]
 
 def test_make_alone_lists_the_commands_and_does_nothing(machine):
     listed = re.findall(r'^  (\w+)\t', machine.make().stdout, re.M)

@@ -1,12 +1,12 @@
 """Proves that every notebook runs: by nbdev_test as `make test` runs it, and in a real Jupyter kernel, where what a cell displays is
 exercised too and has to be of the kinds (text, HTML, picture) that the saved notebook shows. Cells marked `#| slow`, `#| cuda` or
 `#| eval: false` are skipped, as nbdev skips them."""
-import base64, io, os
+import base64, csv, io, os
 
 import nbformat
 import pytest
 from PIL import Image
-from repo_tools import NOTEBOOKS, ROOT, nbdev, source
+from repo_tools import COURSE, NOTEBOOKS, ROOT, nbdev, source
 from run_notebook import executed, run_in_kernel
 
 
@@ -43,6 +43,35 @@ def test_runs_in_a_kernel_and_shows_what_was_saved(path):
     saved, nb, *_ = executed(path)
     messages = list(different(path, saved, nb))
     assert not messages, '\n\n'.join(messages)
+
+
+# The scoreboard: what a chapter's last run wrote in the copy, beside the committed rows
+
+TOLERANCE = .06 # sums in another order make another training: see benchmarks/results/scoreboard.md
+
+def scores(root):
+    "(chapter, what is new) -> accuracy"
+    with open(root/'nbs'/'scoreboard.csv', newline='', encoding='utf-8') as f: return {(r['chapter'], r['new']): float(r['accuracy']) for r in csv.DictReader(f)}
+
+def other_scores(stem, kept, now):
+    "Where the rows of a chapter differ, as messages."
+    kept, now = ({k: v for k, v in rows.items() if k[0] == stem} for rows in (kept, now))
+    if kept.keys() != now.keys(): yield f'{stem} writes the rows {sorted(now)}, nbs/scoreboard.csv has {sorted(kept)}: run the chapter and commit the file'
+    yield from (f'{k[1]}: {now[k]} now, {kept[k]} in nbs/scoreboard.csv' for k in kept.keys() & now.keys() if abs(kept[k]-now[k]) > TOLERANCE)
+
+@pytest.mark.parametrize('path', COURSE, ids=lambda p: p.stem)
+def test_a_chapter_gets_the_score_that_is_committed(path):
+    assert list(other_scores(path.stem, scores(ROOT), scores(executed(path)[3]))) == []
+
+def test_another_score_is_seen():
+    kept = {('a', 'x'): .5, ('b', 'x'): .6}
+    assert list(other_scores('a', kept, {**kept, ('b', 'x'): .1})) == []
+    assert list(other_scores('a', kept, {**kept, ('a', 'x'): .57})) == ['x: 0.57 now, 0.5 in nbs/scoreboard.csv']
+    assert 'writes the rows [], nbs/scoreboard.csv has' in next(other_scores('a', kept, {('b', 'x'): .6}))
+    assert "writes the rows [('a', 'x'), ('a', 'y')]" in next(other_scores('a', kept, {**kept, ('a', 'y'): .5}))
+
+def test_every_row_belongs_to_a_chapter():
+    assert {c for c, _ in scores(ROOT)} <= {p.stem for p in COURSE}
 
 
 # The checks above, on notebooks that have what they look for

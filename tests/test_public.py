@@ -9,6 +9,7 @@ PUBLIC = {
     'state': '''set_seed preserve_rng preserve_mode''',
     'core': '''test_eq test_near listify setify uniqueify compose ListContainer Table camel2snake noop default_device to_device set_seed''',
     'safefile': '''''',
+    'scoreboard': '''record_score plot_scoreboard''',
     'datasets': '''shape_names imagenette_names data_dir shape_image shapes shapes_tensors imagenette''',
     'schedules': '''annealer sched_lin sched_cos sched_no sched_exp combine_scheds cos_1cycle_anneal create_phases''',
     'callbacks': '''events CancelStepException CancelBatchException CancelEpochException CancelTrainException Callback TrainEvalCallback accuracy

@@ -3,13 +3,16 @@ measurements that it links, and the make commands and files that it names exist.
 import re
 
 import pytest
-from repo_tools import NOTEBOOKS, ROOT, python
+from PIL import Image
+from repo_tools import COURSE, NOTEBOOKS, ROOT, code_cells, python, source
+
+from dl2lib.safefile import digest
 
 README = (ROOT/'README.md').read_text(encoding='utf-8')
 BLOCKS = re.findall(r'^```(\w*)\n(.*?)^```$', README, re.M | re.S)
 PROSE = re.sub(r'^```.*?^```$', '', README, flags=re.M | re.S)
 PARTS = [p for block in re.split(r'\n\s*\n', PROSE) for p in (block.splitlines() if block.lstrip().startswith(('|', '- ')) else [block])]
-UNMEASURED = {'3.11', '3.12', '2.0', '2019', '11'} # Pythons, the licence, the lesson
+UNMEASURED = {'3.11', '3.13', '3.14', '2.0', '2019', '11'} # Pythons, the licence, the lesson
 
 
 def links_of(part): return [l for l in re.findall(r'\]\(([^)#]+)\)', part) if '://' not in l]
@@ -22,7 +25,8 @@ def numbers_of(text): # not those in code, in names of files, in targets of link
 def test_program_does_what_the_readme_shows(tmp_path):
     (lang, code), (kind, shown) = (BLOCKS[next(i for i, b in enumerate(BLOCKS) if b[0] == 'python')+k] for k in (0, 1))
     assert (lang, kind, [b[0] for b in BLOCKS].count('python')) == ('python', 'text', 1)
-    assert len(code.strip().splitlines()) <= 11 # and a blank one
+    first = next(c for c in code_cells(COURSE[0]))
+    assert code == source(first) + "\nlearn.show_results(18, fname='first_program.png')\n", 'one program: the first cell of the book, and a line that saves the picture'
     kept = (ROOT/'benchmarks/results/first_program.md').read_text(encoding='utf-8')
     assert f'```text\n{shown}```' in kept, 'run benchmarks/first_program.py, and put what it prints under the program'
     said, shown = python(code, tmp_path).split('\n'), shown.split('\n')
@@ -30,6 +34,10 @@ def test_program_does_what_the_readme_shows(tmp_path):
     last, before = ([float(v) for v in lines[-2].split()[1:5]] for lines in (said, shown))
     assert abs(last[3]-before[3]) < .1, (last, before) # processors differ in their last digits, and training makes much of them
     assert (tmp_path/'first_program.png').read_bytes()[:4] == b'\x89PNG'
+
+def test_the_picture_of_the_scoreboard_shows_the_committed_rows():
+    with Image.open(ROOT/'images'/'scoreboard.png') as img: shown = img.info['Description']
+    assert shown == digest((ROOT/'nbs'/'scoreboard.csv').read_bytes()).hex(), 'run benchmarks/scoreboard.py, and commit images/scoreboard.png'
 
 def test_every_number_comes_from_a_file_that_is_linked_beside_it():
     checked = 0
