@@ -9,18 +9,15 @@ __all__ = ['sgd_opt', 'sgd_mom_opt', 'sgd_step', 'weight_decay', 'l2_reg', 'get_
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-002
 import difflib, inspect, math
-from bisect import bisect_left
-from copy import deepcopy
 from functools import partial
 from numbers import Real
-from operator import is_ as _is
 
 import torch
-import torch.optim.optimizer as torch_optimizer
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from .core import listify, preserve_rng
-from .tensorlist import TensorList, _dense, packs
+from .core import listify
+from .foreach import declared, kernel_of, part_name, step_lists
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-007
 def sgd_step(p:Tensor, lr:float, **kwargs): # p: a parameter with its `grad`, changed in place
@@ -28,7 +25,7 @@ def sgd_step(p:Tensor, lr:float, **kwargs): # p: a parameter with its `grad`, ch
     p.data.add_(p.grad.data, alpha=-lr)
     return p
 
-sgd_step.formula = r'p \leftarrow p - \eta\, g'
+sgd_step.foreach, sgd_step.formula = True, r'p \leftarrow p - \eta\, g'
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-012
 def weight_decay(p:Tensor, lr:float, wd:float, **kwargs): # p: changed in place
@@ -36,7 +33,7 @@ def weight_decay(p:Tensor, lr:float, wd:float, **kwargs): # p: changed in place
     if wd: p.data.mul_(1 - lr*wd)
     return p
 
-weight_decay._defaults = dict(wd=0.)
+weight_decay._defaults, weight_decay.foreach = dict(wd=0.), True
 weight_decay.formula = r'p \leftarrow (1-\eta\lambda)\, p'
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-013
@@ -45,7 +42,7 @@ def l2_reg(p:Tensor, wd:float, **kwargs): # p: its gradient is replaced for this
     if wd: p.grad = p.grad.add(p.data, alpha=wd)
     return p
 
-l2_reg._defaults, l2_reg._order = dict(wd=0.), -1
+l2_reg._defaults, l2_reg._order, l2_reg.foreach = dict(wd=0.), -1, True
 l2_reg.formula = r'g \leftarrow g + \lambda\, p'
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-019
@@ -63,16 +60,15 @@ def maybe_update(os,    # parts
         for k, v in f(o).items(): dest.setdefault(k, v)
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-021
-def _name(part): # a function, a partial of one, or a Stat
-    part = getattr(part, 'func', part)
-    return getattr(part, '__name__', type(part).__name__)
-
-def _needs(part)->dict: # names of what a stepper or stat is handed beside p and state, to whether it can do without
+def _needs(part)->dict: # names of what a stepper or stat is given beside p and state, to whether it can do without
     f = part.update if hasattr(part, 'update') else part
     ps = [o for o in inspect.signature(f).parameters.values() if o.kind not in (o.VAR_KEYWORD, o.VAR_POSITIONAL)]
     return {o.name: o.default is not o.empty for o in ps[2 if hasattr(part, 'update') else 1:]}
 
-def _nearest(name, names): # a text
+_torch_words = dict(weight_decay='wd', momentum='mom', betas='mom and sqr_mom', dampening='AverageGrad(dampening=True)')
+
+def _hint(name, names): # a text: what to write instead of `name`
+    if name in _torch_words: return f'it is called {_torch_words[name]} here; they use {", ".join(sorted(names)) or "none"}'
     guess = difflib.get_close_matches(name, names, 1)
     return f'do you mean {guess[0]!r}?' if guess else f'they use {", ".join(sorted(names)) or "none"}'
 
@@ -92,26 +88,23 @@ def check_hyper(name:str, # of a hyperparameter
     if name in _positive and v < 0: raise ValueError(f'{name}={v!r} must not be negative')
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-025
-def _describe(part)->str: # a part and what it was made with
-    more = ', '.join(f'{k}={v!r}' for k, v in vars(part).items()) if isinstance(part, Stat) else ''
-    return f'{_name(part)}({more})' if more else _name(part)
-
-
 class Stat:
-    "What an optimizer remembers of a parameter: how it begins, and how a step changes it."
+    "What an optimizer remembers of a parameter: its initial value, and how a step changes it."
     _defaults = {}
+    keeps = None    # names that it keeps in the state; None: it does not say, and they are checked in the first step
+    foreach = False # whether `update` may be given a `TensorList`
     def init_state(self, p:Tensor)->dict: # p: parameter with its `grad`; -> name to tensor or number, new to the state
         raise NotImplementedError(f'{type(self).__name__}.init_state(p): return a dict')
 
     def update(self, p:Tensor, state:dict, **kwargs)->dict: # kwargs: hyperparameters; -> state, its tensors changed in place
         raise NotImplementedError(f'{type(self).__name__}.update(p, state, **kwargs): change the state, and return it')
 
-    def __repr__(self): return _describe(self)
+    def __repr__(self): return part_name(self)
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-028
 class AverageGrad(Stat):
     r"Moving average of gradients: $m \leftarrow \beta m + (1-\beta) g$ with dampening, else $m \leftarrow \beta m + g$."
-    _defaults = dict(mom=.9)
+    _defaults, keeps, foreach = dict(mom=.9), ('grad_avg', 'mom_damp'), True
     def __init__(self, dampening=False): # whether new gradients count 1-mom, else 1
         self.dampening = dampening
 
@@ -148,17 +141,18 @@ def momentum_step(p:Tensor, lr:float, grad_avg:Tensor, **kwargs): # grad_avg: as
     p.data.add_(grad_avg, alpha=-lr)
     return p
 
-momentum_step.formula = r'p \leftarrow p - \eta\, m'
+momentum_step.foreach, momentum_step.formula = True, r'p \leftarrow p - \eta\, m'
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-043
 class AverageSqrGrad(Stat):
-    r"Moving average of squared gradients: $v \leftarrow \beta_2 v + (1-\beta_2) g^2$ with dampening, else $v \leftarrow \beta_2 v + g^2$."
-    _defaults = dict(sqr_mom=.99)
+    r"Moving average of squares: $v \leftarrow \beta_2 v + (1-\beta_2) g^2$ with dampening, else $v \leftarrow \beta_2 v + g^2$."
+    _defaults, keeps, foreach = dict(sqr_mom=.99), ('sqr_avg', 'sqr_damp'), True
     def __init__(self, dampening=True): # whether new squares count 1-sqr_mom, else 1
         self.dampening = dampening
 
     @property
-    def formula(self): return r'v \leftarrow \beta_2 v + (1-\beta_2)\, g^2' if self.dampening else r'v \leftarrow \beta_2 v + g^2'
+    def formula(self):
+        return r'v \leftarrow \beta_2 v + (1-\beta_2)\, g^2' if self.dampening else r'v \leftarrow \beta_2 v + g^2'
 
     def init_state(self, p): return {'sqr_avg': torch.zeros_like(p)}
 
@@ -170,7 +164,7 @@ class AverageSqrGrad(Stat):
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-045
 class StepCount(Stat):
     "How many steps a parameter has made: a number on the host, so that nothing waits for it."
-    formula = r't \leftarrow t+1'
+    keeps, foreach, formula = ('step',), True, r't \leftarrow t+1'
     def init_state(self, p): return {'step': 0}
 
     def update(self, p, state, **kwargs):
@@ -178,14 +172,14 @@ class StepCount(Stat):
         return state
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-047
-def adam_step(p:Tensor, lr:float, mom:float, mom_damp:float, step:int, sqr_mom:float, sqr_damp:float, grad_avg:Tensor, sqr_avg:Tensor,
-              eps:float, **kwargs): # averages: as p; step: from 1
+def adam_step(p:Tensor, lr:float, mom:float, mom_damp:float, step:int, sqr_mom:float, sqr_damp:float,
+              grad_avg:Tensor, sqr_avg:Tensor, eps:float, **kwargs): # averages: as p; step: from 1
     r"Along the average, over the root of the squares' average, both debiased (arXiv 1412.6980); $\epsilon$ outside the root."
     debias1, debias2 = debias(mom, mom_damp, step), debias(sqr_mom, sqr_damp, step)
     p.data.addcdiv_(grad_avg, sqr_avg.sqrt().div_(math.sqrt(debias2)).add_(eps), value=-lr/debias1)
     return p
 
-adam_step._defaults = dict(eps=1e-5)
+adam_step._defaults, adam_step.foreach = dict(eps=1e-5), True
 adam_step.formula = r'p \leftarrow p - \eta\,\frac{m/d_1}{\sqrt{v/d_2}+\epsilon}'
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-053
@@ -215,15 +209,16 @@ def lamb_step(p:Tensor, lr:float, max_ratio=10., **kwargs): # further arguments:
     p.data.addcmul_(update, trust_ratio(p.data, update, max_ratio, factor), value=-lr*factor)
     return p
 
-lamb_step._defaults = dict(eps=1e-6, wd=0., max_ratio=10.)
-lamb_step.formula = r'u = \frac{m/d_1}{\sqrt{v/d_2}+\epsilon}+\lambda p,\quad p \leftarrow p - \eta\,\min\!\left(\frac{|p|}{|u|},r\right)u'
+lamb_step._defaults, lamb_step.foreach = dict(eps=1e-6, wd=0., max_ratio=10.), True
+lamb_step.formula = (r'u = \frac{m/d_1}{\sqrt{v/d_2}+\epsilon}+\lambda p,\quad '
+                     r'p \leftarrow p - \eta\,\min\!\left(\frac{|p|}{|u|},r\right)u')
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-061
 def _is_list(o): # of tensors: no tensor, no dict, no named tensor
     if isinstance(o, (Tensor, dict, str)) or not hasattr(o, '__iter__'): return False
     return not (isinstance(o, tuple) and o and isinstance(o[0], str))
 
-def _as_groups(params)->list: # what torch takes (tensors, named tensors, dicts), or the lesson's lists of tensors -> list of dicts
+def _as_groups(params)->list: # what torch takes (tensors, named tensors, dicts), or the lesson's lists of tensors -> dicts
     if isinstance(params, Tensor): raise TypeError('params is one tensor: give a list of parameters')
     if isinstance(params, dict): params = [params]
     params = list(params)
@@ -248,61 +243,92 @@ def _check_params(group, i, seen)->None: # a group, its number, parameters of th
         if id(t) in seen: raise ValueError(f'{where}, is given twice: it is {seen[id(t)]} already')
         seen[id(t)] = f'parameter {j} of group {i}'
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-065
-def _apply(f, p, state, hyper):
-    res = f(p, **state, **hyper)
-    if res is not None and res is not p: raise TypeError(f'{_name(f)} returns something new: a stepper changes p in place, and returns it')
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-141
+_torch_keys = {'params', 'param_names', 'name', 'initial_lr', 'max_lr', 'min_lr', 'max_momentum', 'base_momentum', 'swa_lr',
+               'lr_scale'}
 
-def _chain(parts, p, state, hyper)->dict: # one tensor or a `TensorList` through all parts; -> its new state
-    before, stats, after = parts
-    for f in before: _apply(f, p, state, hyper)
-    for s in stats: state = s.update(p, state, **hyper)
-    for f in after: _apply(f, p, state, hyper)
-    return state
+def _hyper(pg)->dict: # a group's hyperparameters
+    return {k: v for k, v in pg.items() if k not in _torch_keys}
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-066
-def _run_tensors(parts, ps, states, hyper):
-    "Each tensor through all parts, one after the other."
-    for p, state in zip(ps, states):
-        g = p.grad
-        try: state.update(_chain(parts, p, state, hyper))
-        finally: p.grad = g # a part may have put another in its place
+def _order(f): return getattr(f, '_order', 0)
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-069
+def _check_parts(steppers, stats):
+    if not steppers or not all(map(callable, steppers)):
+        raise TypeError(f'steppers={steppers!r}: give a function of (p, lr, ..., **kwargs), or several')
+    for s in stats:
+        if isinstance(s, type) or not (hasattr(s, 'init_state') and hasattr(s, 'update')):
+            raise TypeError(f'{s.__name__ if isinstance(s, type) else part_name(s)} is no stat: give an instance of a Stat')
+        for f in ('init_state', 'update'):
+            if getattr(type(s), f) is getattr(Stat, f): raise NotImplementedError(f'{type(s).__name__}.{f} is missing: write it')
+
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-142
+class _Names:
+    "The names that a chain of parts uses for hyperparameters, and those that its stats keep in the state."
+    def __init__(self, parts, stats):
+        kept = [declared(s, 'keeps') for s in stats]
+        self.all_said, self.kept = None not in kept, set()
+        for s, names in zip(stats, kept):
+            for k in names or ():
+                if k in self.kept: raise ValueError(f'{s!r} keeps {k!r} in the state, and so does a stat before it')
+                self.kept.add(k)
+        for s in stats:
+            for k in _needs(s):
+                if k in self.kept: raise TypeError(f'{s!r} asks for {k!r} in update: it is in the state, take it from there: state[{k!r}]')
+        needs = [(part_name(o), k, optional) for o in parts for k, optional in _needs(o).items() if k not in self.kept]
+        self.used = {k for _, k, _ in needs}.union(*(get_defaults(o) for o in parts)) - self.kept
+        self.needed = [(part, k) for part, k, optional in needs if not optional and self.all_said]
+
+    def translate(self, group): # timm and torch call it weight_decay
+        if 'weight_decay' not in group or 'wd' not in self.used or 'weight_decay' in self.used: return group
+        group, wd = dict(group), group['weight_decay']
+        del group['weight_decay']
+        if group.setdefault('wd', wd) != wd: raise ValueError(f"weight_decay={wd!r} and wd={group['wd']!r} are the same thing: give wd")
+        return group
+
+    def check(self, group, i): # its number
+        for k, v in group.items():
+            if k in _torch_keys or k.startswith('initial_'): continue
+            if k in self.kept: raise ValueError(f'{k!r} is a name in the state of these parts: it cannot be a hyperparameter too')
+            if k not in self.used: raise TypeError(f'no part uses the hyperparameter {k!r}: {_hint(k, self.used)}')
+            check_hyper(k, v)
+        for part, k in self.needed:
+            if k not in group: raise TypeError(f'{part} needs the hyperparameter {k!r}: pass {k}=... (group {i} has none)')
+
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-145
+def _explain(part, state, hyper): # why a part could not be called; nothing, if it was something else
+    is_stat = hasattr(part, 'update')
+    for k in [] if is_stat else state.keys() & hyper.keys():
+        raise ValueError(f'{k!r} is a name in the state of these parts: it cannot be a hyperparameter too')
+    for k, optional in _needs(part).items():
+        if is_stat and k in state and k not in hyper:
+            raise TypeError(f'{part!r} asks for {k!r} in update: it is in the state, take it from there: state[{k!r}]')
+        if not optional and k not in hyper and k not in state:
+            raise TypeError(f'{part_name(part)} needs the hyperparameter {k!r}: pass {k}=...')
+
+def _apply(f, p, state, hyper): # a stepper
+    try: res = f(p, **state, **hyper)
+    except TypeError:
+        _explain(f, state, hyper)
+        raise
+    if res is not None and res is not p: raise TypeError(f'{part_name(f)} returns something new: a stepper changes p in place, and returns it')
+
+def _update(s, p, state, hyper): # a stat
+    try: return s.update(p, state, **hyper)
+    except TypeError:
+        _explain(s, state, hyper)
+        raise
+
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-148
 _half = torch.float16, torch.bfloat16
 
-def _stand_in(p): # what steppers work on in place of `p`: of half precision a float32 copy, of complex numbers their two parts
+def _stand_in(p): # what parts work on instead of `p`: for half precision a float32 copy, for complex numbers their two parts
     if p.dtype in _half: q, g = p.detach().float(), p.grad.detach().float()
     elif p.is_complex(): q, g = torch.view_as_real(p.detach()), torch.view_as_real(p.grad.detach())
     else: return p
     q.grad = g
     return q
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-072
-def _is_tensors(o): return isinstance(o, (Tensor, TensorList))
-
-def _run_pack(parts, p, g, old, numbers, hyper)->dict: # `old`: the state's tensors; -> its numbers after the step
-    p.grad = g
-    try: new = _chain(parts, p, {**old, **numbers}, hyper)
-    finally: p.grad = g # a part may have put another in its place
-    for k, t in old.items():
-        if new[k] is not t: t.copy_(new[k])
-    last = {k: v for k, v in new.items() if not _is_tensors(v)}
-    if len(last) + len(old) != len(new): raise TypeError('a stat makes a new tensor of state in its update: make it in init_state')
-    return last
-
-def _run_list(parts, ps, states, hyper, size=None, cut=False):
-    "All tensors through a part at once; with `size`, a pack at a time; with `cut`, in pieces."
-    if not ps: return
-    keys = [k for k, v in states[0].items() if _is_tensors(v)]
-    numbers = {k: v for k, v in states[0].items() if not _is_tensors(v)}
-    rows, last = list(zip(ps, [p.grad for p in ps], *([s[k] for s in states] for k in keys))), numbers
-    for pack in packs(rows, size, cut) if size else [rows]:
-        p, g, *ts = pack[0] if len(pack) == 1 else map(TensorList, zip(*pack))
-        last = _run_pack(parts, p, g, dict(zip(keys, ts)), numbers, hyper)
-    for s in states: s.update(last)
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-075
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-151
 def _init(stats, p)->dict: # a state
     state = {}
     for o in stats:
@@ -312,234 +338,37 @@ def _init(stats, p)->dict: # a state
         state.update(new)
     return state
 
-def _samples(stats, hyper, dtype=torch.float64): # small parameters with their states
-    gen, ps = torch.Generator().manual_seed(0), []
-    for shape in ((3,), (2, 3), (2, 1, 3, 3), (4, 4)):
-        p = torch.randn(shape, generator=gen, dtype=dtype)
-        p.grad = torch.randn(shape, generator=gen, dtype=dtype)
-        ps.append(p)
-    return ps, [_init(stats, p) for p in ps]
+def _kind(p): # what a state is made for
+    return p.shape, torch.float32 if p.dtype in _half else p.dtype, p.device
 
-def _trajectory(run, parts, hyper, steps=7, dtype=torch.float64): # -> all tensors and numbers at the end
-    ps, states = _samples(parts[1], hyper, dtype)
-    gen = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        run(parts, ps, states, hyper)
-        for p in ps: p.grad = torch.randn(p.shape, generator=gen, dtype=dtype)
-    return ps + [torch.as_tensor(s[k], dtype=dtype) for s in states for k in sorted(s)]
+def _in_words(shape, dtype, device=None): return f'{str(dtype)[6:]} {tuple(shape)}' + (f' on {device}' if device else '')
 
-def _agree(run, parts, hyper, want, dtype=torch.float64, tol=1e-9)->bool:
-    try: got = _trajectory(run, parts, hyper, dtype=dtype)
-    except Exception: return False
-    return len(got) == len(want) and all(a.shape == b.shape and torch.allclose(a, b, tol, tol, equal_nan=True) for a, b in zip(got, want))
+def _check_grad(p, where):
+    g = p.grad
+    if g.layout is not torch.strided: raise ValueError(f'{where}, shape {tuple(p.shape)}, has a sparse gradient: '
+                                                       'make the embedding with sparse=False')
+    if g.shape == p.shape and g.device == p.device and (g.dtype == p.dtype or p.dtype in _half): return
+    raise ValueError(f'{where} is {_in_words(p.shape, p.dtype, p.device)}, its gradient {_in_words(g.shape, g.dtype, g.device)}: '
+                     'the data of the parameter were replaced since backward(), which has to be run again')
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-076
-def trial(parts,    # steppers before the stats, stats, steppers after them
-          hyper,    # name to value
-         )->tuple:  # whether they may run over a list, and over pieces of tensors
-    "Run the parts on small copies, tensor by tensor, as a list and in pieces: what gives the same may be used."
-    as_list, in_pieces = _run_list, partial(_run_list, size=5, cut=True)
-    ok = [True, True]
-    with preserve_rng(cuda=False), torch.no_grad():
-        for h in (hyper, {k: .1 if v is False or v == 0 else v for k, v in hyper.items()}): # with what is off, and with it on
-            try: want = _trajectory(_run_tensors, deepcopy(parts), h)
-            except Exception: return False, False
-            ok = [o and _agree(run, deepcopy(parts), h, want) for o, run in zip(ok, (as_list, in_pieces))]
-    return ok[0], all(ok)
+def _check_kind(p, made_for, where):
+    now = _kind(p)
+    if now == made_for: return
+    remedy = 'make a new optimizer, or opt.state.pop(parameter) to begin with it anew'
+    if now[:2] == made_for[:2]: remedy = 'opt.load_state_dict(opt.state_dict()) moves it'
+    raise ValueError(f'{where} is {_in_words(*now)}, its state was made for {_in_words(*made_for)}: {remedy}')
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-079
-def _fused_sgd(ps, gs, states, lr, mom=0., wd=0., nesterov=False, **kwargs)->dict: # numbers new to the states
-    bufs = [s['grad_avg'] for s in states] if 'grad_avg' in states[0] else []
-    torch._fused_sgd_(ps, gs, bufs, weight_decay=float(wd), momentum=mom if bufs else 0., lr=lr, dampening=0., nesterov=nesterov,
-                      maximize=False, is_first_step=False)
-    return {'mom_damp': 1.} if bufs else {}
-
-def _fused_adam(ps, gs, states, lr, mom, sqr_mom, eps, wd=0., name='_fused_adam_', **kwargs)->dict: # numbers new to the states
-    n = states[0]['step'] + 1
-    steps = [torch.full((), float(n), device=ps[0].device)]*len(ps)
-    getattr(torch, name)(ps, gs, [s['grad_avg'] for s in states], [s['sqr_avg'] for s in states], [], steps, lr=lr, beta1=mom,
-                         beta2=sqr_mom, weight_decay=float(wd), eps=eps, amsgrad=False, maximize=False)
-    return {'mom_damp': 1-mom, 'sqr_damp': 1-sqr_mom, 'step': n}
-
-def _is_big(p)->bool: return p.numel() > 4096 # elements: to wake another thread for fewer takes longer than the work
-
-def _run_fused(kernel, parts, ps, states, hyper):
-    "All tensors, small ones first, through one of torch's kernels. On a CPU that would wake all threads for each tensor, however small."
-    gs, n = [p.grad for p in ps], torch.get_num_threads()
-    k = bisect_left(ps, True, key=_is_big) if n > 1 and ps[0].device.type == 'cpu' else 0
-    if k < len(ps): new = kernel(ps[k:], gs[k:], states[k:], **hyper)
-    if k:
-        try:
-            torch.set_num_threads(1)
-            new = kernel(ps[:k], gs[:k], states[:k], **hyper)
-        finally: torch.set_num_threads(n)
-    if new.items() <= states[0].items(): return # as they agree in their numbers
-    for s in states: s.update(new)
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-080
-def _sgd_usable(plain, decay, first, h): return (plain or h['mom'] > 0) and (not decay or not h['wd'] or (plain and first))
-
-def _sgd_kernel(before, stats, after, nesterov=False):
-    "Torch's kernel for plain SGD and momentum."
-    main, decay = [f for f in after if f is not weight_decay], weight_decay in after
-    if len(main) != 1 or len(after) > 2 or before not in ([], [l2_reg]) or (decay and before): return None
-    plain = not stats and main[0] is sgd_step
-    if not plain and [_describe(s) for s in stats] != ['AverageGrad(dampening=False)']: return None
-    return partial(_fused_sgd, nesterov=nesterov), partial(_sgd_usable, plain, decay, after[0] is weight_decay)
-
-sgd_step.fused = momentum_step.fused = _sgd_kernel
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-081
-def _adam_usable(decay, first, h): return not decay or first or not h['wd']
-
-def _adam_kernel(before, stats, after):
-    "Torch's kernel for Adam and AdamW."
-    names, decay = ['AverageGrad(dampening=True)', 'AverageSqrGrad(dampening=True)', 'StepCount'], weight_decay in after
-    if sorted(map(_describe, stats)) != names or before not in ([], [l2_reg]) or (decay and before): return None
-    if sorted(map(_name, after)) != ['adam_step'] + ['weight_decay']*decay: return None
-    kernel = partial(_fused_adam, name='_fused_adamw_' if decay else '_fused_adam_')
-    return kernel, partial(_adam_usable, decay, after[0] is weight_decay)
-
-adam_step.fused = _adam_kernel
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-082
-def _kernel_agrees(found, parts, tol=1e-4)->bool: # tried on copies: torch keeps its kernels private, and may change them
-    kernel, usable = found
-    hyper = dict(lr=.1, mom=.9, sqr_mom=.99, eps=1e-3, wd=.1)
-    if not usable(hyper) or not any(f in (weight_decay, l2_reg) for f in [*parts[0], *parts[2]]): hyper['wd'] = 0.
-    try: want = _trajectory(_run_tensors, parts, hyper, dtype=torch.float32)
-    except Exception: return False
-    return _agree(partial(_run_fused, kernel), parts, hyper, want, dtype=torch.float32, tol=tol)
-
-def _fusable(optimizer):
-    "The kernel for an optimizer's parts, if torch has one that does the same: (kernel, usable(hyper)); else None."
-    for f in optimizer.steppers:
-        found = f.fused(*optimizer.parts) if hasattr(f, 'fused') else None
-        if found: return found if _kernel_agrees(found, optimizer.parts) else None
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-085
-engines = None, 'tensor', 'list', 'fused'
-_pack_size = 1 << 19 # elements for each thread: more fall out of the cache between two operations, fewer pay for more calls
-
-def _alike(p, g)->bool: # whether both lie in memory in the same order, without gaps
-    return (p.is_contiguous() and g.is_contiguous()) or (p.stride() == g.stride() and _dense(p))
-
-def _fits_kernel(ps)->bool: # parameters of one device and type
-    p = ps[0]
-    return p.device.type in ('cpu', 'cuda') and p.dtype in (torch.float32, torch.float64) and all(map(_alike, ps, [p.grad for p in ps]))
-
-def _pick_engine(opt, ps, hyper):
-    "The function that works on a bucket: the one asked for, else the quickest that is safe."
-    fused, (as_list, in_pieces), want = opt._fused, opt._trial, opt.engine
-    if want != 'tensor' and want != 'list' and fused and fused[1](hyper) and _fits_kernel(ps): return partial(_run_fused, fused[0])
-    if want == 'fused':
-        raise ValueError("engine='fused': torch has no kernel for these parts, hyperparameters or tensors: leave `engine` out")
-    if want == 'tensor' or not as_list: return _run_tensors
-    if ps[0].device.type != 'cpu': return _run_list
-    return partial(_run_list, size=_pack_size*torch.get_num_threads(), cut=in_pieces)
-
-def _check_engine(opt):
-    if opt.engine not in engines: raise ValueError(f'engine={opt.engine!r}: choose from {", ".join(map(repr, engines))}')
-    if opt.engine == 'list' and not opt._trial[0]:
-        raise ValueError("engine='list': these parts do not give the same over a list of tensors")
-    if opt.engine == 'fused' and not opt._fused: raise ValueError("engine='fused': torch has no kernel for these parts")
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-088
-def _bucketed(opt, ps, states)->list: # (parameters, states) that are on one device, of one type, and agree in the numbers of their state; small ones first
-    res = {}
-    for p, state in sorted(zip(ps, states), key=lambda o: _is_big(o[0])):
-        if not state: state.update(_init(opt.stats, _stand_in(p)))
-        numbers = tuple((k, v) for k, v in state.items() if not isinstance(v, Tensor))
-        res.setdefault((p.device, p.dtype, numbers), ([], []))
-        for l, o in zip(res[p.device, p.dtype, numbers], (p, state)): l.append(o)
-    return list(res.values())
-
-def _run_bucket(opt, ps, states, hyper):
-    if ps[0].dtype not in _half and not ps[0].is_complex(): return _pick_engine(opt, ps, hyper)(opt.parts, ps, states, hyper)
-    qs = [_stand_in(p) for p in ps]
-    _pick_engine(opt, qs, hyper)(opt.parts, qs, states, hyper)
-    if ps[0].dtype in _half: torch._foreach_copy_([p.detach() for p in ps], qs)
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-091
-def _same(a, b): return len(a) == len(b) and all(map(_is, a, b))
-
-def _check_grads(opt, i, ps):
-    for p in ps:
-        if p.grad.layout is not torch.strided:
-            j = next(j for j, o in enumerate(opt.param_groups[i]['params']) if o is p)
-            raise ValueError(f'parameter {j} of group {i}, shape {tuple(p.shape)}, has a sparse gradient: '
-                             'make the embedding with sparse=False')
-
-def _step_group(opt, i, pg): # its number, the group
-    ps, hyper = [p for p in pg['params'] if p.grad is not None], _hyper(pg)
-    if hyper != opt._checked.get(i):
-        _check_hypers(opt, hyper, i)
-        opt._checked[i] = hyper
-    if not ps: return
-    _check_grads(opt, i, ps)
-    was = opt._plans.get(i)
-    if was is None or not _same(was[0], ps) or not _same(was[1], opt.state.values()):
-        buckets = _bucketed(opt, ps, [opt.state[p] for p in ps])
-        opt._plans[i] = was = ps, list(opt.state.values()), buckets
-    for bucket in was[2]: _run_bucket(opt, *bucket, hyper)
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-094
-_torch_keys = {'params', 'param_names', 'name', 'initial_lr', 'max_lr', 'min_lr', 'max_momentum', 'base_momentum', 'swa_lr', 'lr_scale'}
-
-def _hyper(pg)->dict: # a group's hyperparameters
-    return {k: v for k, v in pg.items() if k not in _torch_keys}
-
-def _order(f): return getattr(f, '_order', 0)
-
-def _check_parts(steppers, stats):
-    if not steppers or not all(map(callable, steppers)):
-        raise TypeError(f'steppers={steppers!r}: a function of (p, lr, ..., **kwargs) or several are needed')
-    for s in stats:
-        if isinstance(s, type) or not (hasattr(s, 'init_state') and hasattr(s, 'update')):
-            raise TypeError(f'{_name(s) if not isinstance(s, type) else s.__name__} is no stat: give an instance of a Stat')
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-095
-def _vocabulary(opt)->tuple: # hyperparameters that the parts use; (part, name) of those that they cannot do without
-    needs = [(_name(o), k, optional) for o in opt.all_parts for k, optional in _needs(o).items() if k not in opt._provided]
-    used = {k for _, k, _ in needs}.union(*(get_defaults(o) for o in opt.all_parts)) - opt._provided
-    return used, [(part, k) for part, k, optional in needs if not optional]
-
-def _provided(stats, hyper)->set: # names in the state, as the stats leave it
-    p, state = _samples(stats, hyper)[0][1], {}
-    with torch.no_grad():
-        try: state = _chain(([], stats, []), p, _init(stats, p), hyper)
-        except TypeError as e:
-            if 'missing' not in str(e): raise
-            state = _init(stats, p)
-    return set(state)
-
-def _check_hypers(opt, group, i):
-    used, needed = opt._vocabulary
-    for k, v in group.items():
-        if k in _torch_keys or k.startswith('initial_'): continue
-        if k in opt._provided: raise ValueError(f'{k!r} is a name in the state of these parts: it cannot be a hyperparameter too')
-        if k not in used: raise TypeError(f'no part uses the hyperparameter {k!r}: {_nearest(k, used)}')
-        check_hyper(k, v)
-    for part, k in needed:
-        if k not in group: raise TypeError(f'{part} needs the hyperparameter {k!r}, and nobody gives it (group {i}): pass {k}=...')
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-097
-_kept = 'steppers stats engine parts _provided _vocabulary _trial _fused'.split()
-
-def _check_one(opt, state, p, where):
-    if not state: return
-    like = torch.empty_like(p, device='meta').detach()
-    like.grad = torch.empty_like(like)
-    want = _init(opt.stats, _stand_in(like))
-    odd = (set(want) - set(state)) | (set(state) - set(want) - opt._provided)
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-154
+def _check_one(names, state, made_for, p, where):
+    odd = names.kept ^ set(state) if state and names.all_said else ()
     if odd: raise ValueError(f'this is the state of another optimizer: {where} differs in {", ".join(sorted(odd))}')
-    for k, v in want.items():
-        if isinstance(v, Tensor) and v.shape != getattr(state[k], 'shape', None):
-            raise ValueError(f'{k} of {where} has shape {tuple(getattr(state[k], "shape", ()))} in the state: {tuple(v.shape)} is needed')
+    if made_for is not None and made_for != _in_words(*_kind(p)[:2]):
+        raise ValueError(f'the state of {where} was made for {made_for}, the parameter is {_in_words(*_kind(p)[:2])}')
 
 def _check_state(opt, sd):
-    if 'param_groups' not in sd or 'state' not in sd: raise ValueError("this is no optimizer's state: it has no 'param_groups' and 'state'")
-    mine, its = [_describe(o) for o in opt.all_parts], sd.get('parts')
+    if 'param_groups' not in sd or 'state' not in sd:
+        raise ValueError("this is no optimizer's state: it has no 'param_groups' and 'state'")
+    mine, its = [part_name(o) for o in opt.all_parts], sd.get('parts')
     if its is not None and its != mine:
         raise ValueError(f'this is the state of another optimizer: its parts are {", ".join(its)}, here {", ".join(mine)}')
     groups = sd['param_groups']
@@ -551,55 +380,24 @@ def _check_state(opt, sd):
             raise ValueError(f'this is the state of another optimizer: group {i} has no {", ".join(lacks)} (from torch: `from_torch`)')
         if len(a['params']) != len(b['params']):
             raise ValueError(f"group {i} of the state has {len(a['params'])} parameters, the optimizer's {len(b['params'])}")
-        for j, (k, p) in enumerate(zip(a['params'], b['params'])): _check_one(opt, sd['state'].get(k), p, f'parameter {j} of group {i}')
+        for j, (k, p) in enumerate(zip(a['params'], b['params'])):
+            _check_one(opt._names, sd['state'].get(k), sd.get('made_for', {}).get(k), p, f'parameter {j} of group {i}')
 
-def _exact_state(opt, sd): # torch rounds what it loads to the parameter's type: here the state keeps its own
+def _exact_state(opt, sd): # torch rounds what it loads to the parameter's type: here the state keeps its type
     for a, b in zip(sd['param_groups'], opt.param_groups):
         for k, p in zip(a['params'], b['params']):
             for name, v in sd['state'].get(k, {}).items():
                 opt.state[p][name] = v.detach().clone().to(p.device) if isinstance(v, Tensor) else v
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-099
-def _as_text(opt)->str:
-    lines = [f'{type(opt).__name__}({" -> ".join(_describe(o) for o in opt.all_parts)})']
-    for i, pg in enumerate(opt.param_groups):
-        ps, hs = pg['params'], ', '.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k, v in _hyper(pg).items())
-        lines.append(f'  group {i}: {len(ps)} tensors, {sum(p.numel() for p in ps):,} elements; {hs}')
-    return '\n'.join(lines)
-
-def _as_formula(opt)->str: # Markdown
-    rows = [getattr(o, 'formula', r'\text{%s}' % _name(o).replace('_', r'\_')) for o in opt.all_parts]
-    pg = opt.param_groups[0]
-    lines = r' \\ '.join('&' + r for r in rows)
-    hs = ', '.join(f'{k}={v}' for k, v in _hyper(pg).items())
-    return f'**{type(opt).__name__}**: {hs}\n\n$$\\begin{{aligned}}{lines}\\end{{aligned}}$$'
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-101
-def _is_watched(opt)->bool: # whether its steps have hooks, or a profiler is at work
-    try: return bool(opt._optimizer_step_pre_hooks or opt._optimizer_step_post_hooks or torch_optimizer._global_optimizer_pre_hooks
-                     or torch_optimizer._global_optimizer_post_hooks or torch.autograd._profiler_enabled())
-    except AttributeError: return True # torch keeps these names private, and may change them
-
-
-class Optimizer(torch.optim.Optimizer):
-    "Runs steppers over groups of parameters. Hyperparameters are their arguments: one dict of them for each group."
-    stats = ()
-    def __init__(self, params, # tensors, named tensors, torch's groups (dicts), or lists of tensors, one a group; generators too
-                 steppers,     # function of (p, lr, ..., **kwargs), or several: they change `p` in place, and return it
-                 engine=None,  # 'tensor', 'list' or 'fused'; None: the quickest that is safe
-                 **hypers):    # for all groups that have none of their own
-        self.steppers, self.stats, self.engine = sorted(listify(steppers), key=_order), listify(self.stats), engine
-        _check_parts(self.steppers, self.stats)
-        self.parts = ([f for f in self.steppers if _order(f) < 0], self.stats, [f for f in self.steppers if _order(f) >= 0])
-        maybe_update(self.all_parts, hypers, get_defaults)
-        self._plans, self._checked = {}, {}
-        groups = _as_groups(params)
-        self._provided = _provided(self.stats, {**hypers, **_hyper(groups[0])})
-        self._vocabulary = _vocabulary(self)
-        super().__init__(groups, hypers)
-        self._trial = trial(self.parts, _hyper(self.param_groups[0])) if engine != 'tensor' else (False, False)
-        with torch.no_grad(): self._fused = _fusable(self) if engine in (None, 'fused') else None
-        _check_engine(self)
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-156
+class _GroupsAndStates(torch.optim.Optimizer):
+    "Groups of parameters, their hyperparameters and states: checked, saved, and said in words. `parts` are the subclass's."
+    def _set_parts(self, steppers, stats):
+        _check_parts(steppers, stats)
+        self.parts = [f for f in steppers if _order(f) < 0], stats, [f for f in steppers if _order(f) >= 0]
+        self._names = _Names(self.all_parts, stats)
+        self.foreach = all(declared(o, 'foreach') is True for o in self.all_parts)
+        self._made_for, self._checked, self._kernels = {}, {}, {}
 
     @property
     def all_parts(self)->list: # in the order in which they run
@@ -611,42 +409,119 @@ class Optimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group:dict): # has 'params'; what else it has goes before the hyperparameters of all groups
         "Add a group of parameters."
-        group, i = dict(param_group), len(self.param_groups)
+        group, i = self._names.translate(dict(param_group)), len(self.param_groups)
         seen = {id(p): f'parameter {j} of group {k}' for k, pg in enumerate(self.param_groups) for j, p in enumerate(pg['params'])}
         _check_params(group, i, seen)
-        _check_hypers(self, {**self.defaults, **group}, i)
+        self._names.check({**self.defaults, **group}, i)
         super().add_param_group(group)
-        self._plans.clear()
 
-    @torch.no_grad()
-    def _step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad(): loss = closure()
-        for i, pg in enumerate(self.param_groups): _step_group(self, i, pg)
-        return loss
+    def _hyper_of(self, i): # of a group, checked where it has changed
+        hyper = _hyper(self.param_groups[i])
+        if hyper != self._checked.get(i):
+            self._names.check(hyper, i)
+            self._checked[i] = hyper
+        return hyper
 
-    _watched_step = torch.optim.Optimizer.profile_hook_step(_step) # with hooks, and a record for the profiler: a tenth of a small network's step
+    def _states_of(self, i, ps)->list: # of parameters with gradients in group `i`; those that have none get one
+        for j, p in enumerate(self.param_groups[i]['params']):
+            if p.grad is None: continue
+            _check_grad(p, where := f'parameter {j} of group {i}')
+            if self.state[p]: _check_kind(p, self._made_for.setdefault(p, _kind(p)), where)
+        for p in ps:
+            if self.state[p]: continue
+            self.state[p].update(_init(self.stats, _stand_in(p)))
+            self._made_for[p] = _kind(p)
+        return [self.state[p] for p in ps]
 
-    def step(self, closure=None): # computes the loss and its gradients anew, and returns it
-        "One step for every parameter that has a gradient."
-        return self._watched_step(closure) if _is_watched(self) else self._step(closure)
-    step.hooked = True # torch wraps it no further
-
-    def state_dict(self): return {**super().state_dict(), 'parts': [_describe(o) for o in self.all_parts]}
+    def state_dict(self):
+        ps = [p for pg in self.param_groups for p in pg['params']]
+        made_for = {i: _in_words(*self._made_for[p][:2]) for i, p in enumerate(ps) if self.state.get(p) and p in self._made_for}
+        return {**super().state_dict(), 'parts': [part_name(o) for o in self.all_parts], 'made_for': made_for}
 
     def load_state_dict(self, state_dict:dict): # as `state_dict` gives it, of an optimizer of the same parts and shapes
-        "Go on from a state."
+        "Go on from a state: averages and hyperparameters."
         _check_state(self, state_dict)
         super().load_state_dict(state_dict)
         _exact_state(self, state_dict)
-        self._plans, self._checked = {}, {}
 
     def __getstate__(self):
-        return {**super().__getstate__(), **{k: self.__dict__[k] for k in _kept if k in self.__dict__}, '_plans': {}, '_checked': {}}
+        return {**super().__getstate__(), **{k: self.__dict__[k] for k in 'steppers stats engine parts foreach _names'.split()}}
 
-    def __repr__(self): return _as_text(self)
-    def _repr_markdown_(self): return _as_formula(self)
+    def __setstate__(self, state): # of a pickle, a copy, and of torch's `load_state_dict`
+        super().__setstate__(state)
+        self.defaults.pop('differentiable', None) # torch's word, and no hyperparameter of any part
+        self._made_for, self._checked, self._kernels = {p: _kind(p) for p, s in self.state.items() if s}, {}, {}
+
+    def __repr__(self):
+        lines = [f'{type(self).__name__}({" -> ".join(map(part_name, self.all_parts))})']
+        for i, pg in enumerate(self.param_groups):
+            hs = ', '.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k, v in _hyper(pg).items())
+            lines.append(f'  group {i}: {len(pg["params"])} tensors, {sum(p.numel() for p in pg["params"]):,} elements; {hs}')
+        return '\n'.join(lines)
+
+    def _repr_markdown_(self):
+        rows = [getattr(o, 'formula', r'\text{%s}' % part_name(o).replace('_', r'\_')) for o in self.all_parts]
+        lines = r' \\ '.join('&' + r for r in rows)
+        hs = ', '.join(f'{k}={v}' for k, v in _hyper(self.param_groups[0]).items())
+        return f'**{type(self).__name__}**: {hs}\n\n$$\\begin{{aligned}}{lines}\\end{{aligned}}$$'
+
+# %% ../nbs/09_optimizers.ipynb #09_optimizers-101
+_engines = None, 'tensor', 'list', 'fused'
+
+
+class Optimizer(_GroupsAndStates):
+    "Runs steppers over groups of parameters. Hyperparameters are their arguments: one dict of them for each group."
+    stats = ()
+    def __init__(self, params, # tensors, named tensors, torch's groups (dicts), or lists of tensors, one a group; generators too
+                 steppers,     # function of (p, lr, ..., **kwargs), or several: they change `p` in place, and return it
+                 engine=None,  # 'tensor'; 'list', also for parts that do not declare it, at your own risk; 'fused'; None: what is declared
+                 **hypers):    # for all groups that do not have their own
+        self.steppers, self.stats, self.engine = sorted(listify(steppers), key=_order), listify(self.stats), engine
+        self._set_parts(self.steppers, self.stats)
+        hypers = self._names.translate(hypers)
+        maybe_update(self.all_parts, hypers, get_defaults)
+        super().__init__(_as_groups(params), hypers)
+        if engine not in _engines: raise ValueError(f'engine={engine!r}: choose from {", ".join(map(repr, _engines))}')
+        if engine == 'fused' and not any(kernel_of(self.parts, dict(wd=wd)) for wd in (0, 1)):
+            raise ValueError("engine='fused': torch has no kernel for these parts")
+
+    @torch.no_grad()
+    def step(self, closure=None): # computes the loss and its gradients anew, and returns it
+        "One step for every parameter that has a gradient."
+        loss = None
+        if closure is not None:
+            with torch.enable_grad(): loss = closure()
+        for i in range(len(self.param_groups)): self._step_group(i)
+        return loss
+
+    def _step_group(self, i):
+        hyper, ps = self._hyper_of(i), [p for p in self.param_groups[i]['params'] if p.grad is not None]
+        states, qs = self._states_of(i, ps), [_stand_in(p) for p in ps]
+        try:
+            if self.engine == 'tensor' or not (self.foreach or self.engine == 'list'): self._one_by_one(qs, states, hyper)
+            else: step_lists(self._chain, qs, states, hyper, self._kernel(hyper), self.engine == 'fused')
+            for p, q in zip(ps, qs):
+                if p.dtype in _half: p.detach().copy_(q)
+        finally: increment_version(ps) # what has changed by `p.data` is unknown to autograd
+
+    def _one_by_one(self, ps, states, hyper):
+        for p, state in zip(ps, states):
+            g = p.grad
+            try: state.update(self._chain(p, state, hyper))
+            finally: p.grad = g # a part may have put another in its place
+
+    def _chain(self, p, state, hyper)->dict: # one tensor, or a `TensorList`, through all parts; -> its new state
+        before, stats, after = self.parts
+        for f in before: _apply(f, p, state, hyper)
+        for s in stats: state = _update(s, p, state, hyper)
+        for f in after: _apply(f, p, state, hyper)
+        return state
+
+    def _kernel(self, hyper): # looked up once for what it depends on
+        if self.engine == 'list': return None
+        key = bool(hyper.get('wd')), hyper.get('mom') == 0
+        if key not in self._kernels: self._kernels[key] = kernel_of(self.parts, hyper)
+        return self._kernels[key]
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-102
 class StatefulOptimizer(Optimizer):
@@ -664,17 +539,24 @@ sgd_opt = partial(Optimizer, steppers=[weight_decay, sgd_step])
 sgd_mom_opt = partial(StatefulOptimizer, steppers=[momentum_step, weight_decay], stats=[AverageGrad()], wd=.01)
 
 
-def adam_opt(xtra_step=None, # further steppers
-             **hypers,       # `mom`, `sqr_mom`, `eps`, `wd`, `lr`
-            ):               # function of parameters to an optimizer
-    "Adam; with `wd` AdamW."
-    return partial(StatefulOptimizer, steppers=[weight_decay, adam_step, *listify(xtra_step)],
-                   stats=[AverageGrad(dampening=True), AverageSqrGrad(), StepCount()], **hypers)
+def _with_steps(xtra, steppers, stats, hypers): # -> function of parameters to an optimizer; where `xtra` are parameters, the optimizer
+    more = listify(xtra)
+    if all(callable(o) and not isinstance(o, torch.nn.Module) for o in more):
+        return partial(StatefulOptimizer, steppers=[*steppers, *more], stats=stats, **hypers)
+    return StatefulOptimizer(more, steppers, stats, **hypers)
+
+def _adam_stats(): return [AverageGrad(dampening=True), AverageSqrGrad(), StepCount()]
 
 
-def lamb_opt(xtra_step=None, # further steppers
-             **hypers,       # `mom`, `sqr_mom`, `eps`, `wd`, `max_ratio`, `lr`
+def adam_opt(xtra_step=None, # further steppers; or parameters, and the optimizer is made at once
+             **hypers,       # `lr`, `mom`, `sqr_mom`, `eps`, `wd`
             ):               # function of parameters to an optimizer
-    "LAMB."
-    return partial(StatefulOptimizer, steppers=[lamb_step, *listify(xtra_step)],
-                   stats=[AverageGrad(dampening=True), AverageSqrGrad(), StepCount()], **hypers)
+    "Adam; with `wd` AdamW. Defaults are the lesson's: sqr_mom=0.99, eps=1e-5, wd=0, where torch has 0.999, 1e-8, and 0.01 for AdamW."
+    return _with_steps(xtra_step, [weight_decay, adam_step], _adam_stats(), hypers)
+
+
+def lamb_opt(xtra_step=None, # as for `adam_opt`
+             **hypers,       # `lr`, `mom`, `sqr_mom`, `eps`, `wd`, `max_ratio`
+            ):               # function of parameters to an optimizer
+    "LAMB. Defaults: sqr_mom=0.99, eps=1e-6, wd=0, and a ratio of at most 10; timm has 0.999, 1e-6, 0.01, and no such limit."
+    return _with_steps(xtra_step, [lamb_step], _adam_stats(), hypers)
