@@ -1,6 +1,7 @@
 """Proves that Shapes is what it says (the same bytes everywhere, whole or not there, hard to guess without seeing shapes) and that
 Imagenette is found, fetched or refused with a message that helps. No test needs a network or the full 2,000 images."""
-import errno, hashlib, inspect, io, os, signal, subprocess, sys, threading, time, urllib.request
+import errno, hashlib, inspect, io, os, pickle, shutil, signal, subprocess, sys, threading, time, urllib.request
+from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dl2lib import datasets as D
-from dl2lib.datasets import data_dir, imagenette, imagenette_names, shape_image, shape_names, shapes
+from dl2lib.datasets import data_dir, imagenette, imagenette_names, shape_image, shape_names, shapes, shapes_tensors
 
 N = dict(n_train=400, n_valid=200)
 SMALL = dict(n_train=20, n_valid=10)
@@ -256,6 +257,136 @@ def test_damaged_folders_are_refused(tmp_path):
     with pytest.raises(RuntimeError, match=r'val/star is missing; val has 9'): shapes(tmp_path, **SMALL)
     victim.parent.mkdir(); victim.write_bytes(data)
     assert shapes(tmp_path, **SMALL) == got
+
+
+# The same images as tensors
+
+TENSORS = 'import sys; from dl2lib.datasets import shapes_tensors; shapes_tensors(16, sys.argv[1], 20, 10)'
+
+def same(a, b):
+    import torch
+    return len(a) == len(b) == 4 and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b))
+
+def tensor_file(root, size=16): return root/f'shapes-{D._version}-20-10-42-{size}px.npz'
+
+@pytest.fixture
+def small(tmp_path):
+    "A folder with a small set of tensors, and these."
+    return tmp_path, shapes_tensors(16, tmp_path, **SMALL)
+
+@pytest.fixture
+def no_decoding(monkeypatch):
+    def refuse(fn, *args, **kwargs): raise AssertionError(f'{fn} was opened')
+    monkeypatch.setattr(Image, 'open', refuse)
+
+def test_tensors_are_those_of_the_data_block(path):
+    import torch
+    from dl2lib.datablock import (CategoryProcessor, ImageList, ResizeFixed, SplitData, grandparent_splitter, label_by_func, make_rgb,
+                                  parent_labeler, to_byte_tensor)
+    il = ImageList.from_files(path, tfms=[make_rgb, ResizeFixed(32), to_byte_tensor])
+    proc = CategoryProcessor()
+    ll = label_by_func(SplitData.split_by_func(il, partial(grandparent_splitter, valid_name='val')), parent_labeler, proc_y=proc)
+    x_train, y_train, x_valid, y_valid = shapes_tensors(32, path.parent, **N)
+    assert proc.vocab == shape_names # a label means the same class on both ways
+    for side, x, y, n in (ll.train, x_train, y_train, 400), (ll.valid, x_valid, y_valid, 200):
+        assert (x.dtype, y.dtype, x.shape, y.shape) == (torch.uint8, torch.int64, (n, 3, 32, 32), (n,))
+        xs, ys = zip(*(side[i] for i in range(n)))
+        assert torch.equal(torch.stack(xs), x) and list(map(int, ys)) == y.tolist()
+
+def test_default_tensors_are_the_whole_set():
+    given = inspect.signature(shapes_tensors).parameters
+    assert {k: v.default for k, v in given.items()} == dict(
+        size=32, **{k: v.default for k, v in inspect.signature(shapes).parameters.items()})
+
+def test_tensors_are_decoded_once(small, no_decoding):
+    root, first = small
+    assert same(shapes_tensors(16, root, **SMALL), first) and tensor_file(root).exists()
+    assert sorted(os.listdir(root)) == sorted([tensor_file(root).name, f'shapes-{D._version}-20-10-42'])
+
+def test_tensors_can_be_written_to(small):
+    for x in shapes_tensors(16, small[0], **SMALL): x.zero_() # a read-only array would warn, and a map would change the file
+    assert same(shapes_tensors(16, small[0], **SMALL), small[1])
+
+def test_other_arguments_other_tensors(small):
+    root, first = small
+    assert shapes_tensors(8, root, **SMALL)[0].shape == (20, 3, 8, 8)
+    assert not same(shapes_tensors(16, root, **SMALL, seed=7), first)
+    assert len(shapes_tensors(16, root, n_train=30, n_valid=10)[1]) == 30
+    assert same(shapes_tensors(np.int64(16), str(root), **SMALL), first)
+
+def test_another_generator_makes_other_tensors(small, monkeypatch):
+    monkeypatch.setattr(D, '_version', D._version+1)
+    assert not same(shapes_tensors(16, small[0], **SMALL), small[1])
+
+def test_tensors_do_not_need_the_folder(small, no_decoding):
+    shutil.rmtree(small[0]/f'shapes-{D._version}-20-10-42')
+    assert same(shapes_tensors(16, small[0], **SMALL), small[1])
+
+def test_a_changed_image_changes_the_tensors(small):
+    root, first = small
+    star = root/f'shapes-{D._version}-20-10-42'/'val'/'star'/'star_0000.jpg'
+    Image.new('RGB', (120, 100), 'red').save(star)
+    now = shapes_tensors(16, root, **SMALL)
+    changed = [i for i in range(10) if not (now[2][i] == first[2][i]).all()]
+    assert changed == [shape_names.index('star')] and same(now[:2]+now[:2], first[:2]+first[:2])
+    star.unlink()
+    with pytest.raises(RuntimeError, match='not whole: val has 9 images instead of 10'): shapes_tensors(16, root, **SMALL)
+
+def damages(data, rng):
+    yield b''
+    yield data[:len(data)//2]
+    yield data[:-1]
+    yield b'PK'+bytes(100)
+    yield pickle.dumps([1])
+    for at in rng.randint(0, len(data), 40): # a flipped bit anywhere: in a pixel, a name, a shape, a checksum
+        yield data[:at] + bytes([data[at] ^ 1 << rng.randint(8)]) + data[at+1:]
+    for at in range(0, 200, 5): yield data[:at] + bytes([data[at] ^ 4]) + data[at+1:] # in the first array's header
+
+def test_damaged_tensors_are_made_again(small):
+    root, first = small
+    file = tensor_file(root)
+    for data in damages(file.read_bytes(), np.random.RandomState(0)):
+        file.write_bytes(data)
+        assert same(shapes_tensors(16, root, **SMALL), first)
+
+def test_tensors_of_another_file_are_not_taken(small):
+    root, first = small
+    np.savez(tensor_file(root), x_train=np.zeros(3))
+    assert same(shapes_tensors(16, root, **SMALL), first)
+
+def test_interrupted_tensors_leave_nothing(small, monkeypatch):
+    root, first = small
+    def interrupt(f, **arrays):
+        f.write(b'half')
+        raise KeyboardInterrupt
+    monkeypatch.setattr(np, 'savez', interrupt)
+    before = sorted(os.listdir(root))
+    with pytest.raises(KeyboardInterrupt): shapes_tensors(8, root, **SMALL)
+    assert sorted(os.listdir(root)) == before
+    assert same(shapes_tensors(16, root, **SMALL), first)
+
+def test_tensors_on_a_full_disk(small, monkeypatch):
+    def full(f, **arrays): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(np, 'savez', full)
+    with pytest.raises(OSError, match='No space left.*Make room, or give another folder as root') as e: shapes_tensors(8, small[0], **SMALL)
+    assert e.value.errno == errno.ENOSPC and not tensor_file(small[0], 8).exists()
+
+def test_two_make_tensors_at_once(small, tmp_path):
+    root = tmp_path/'other'
+    ps = [python(TENSORS, root, wait=False) for _ in range(3)]
+    said = [p.communicate(timeout=120) for p in ps]
+    assert [p.returncode for p in ps] == [0]*3, said
+    assert sorted(os.listdir(root)) == sorted([tensor_file(root).name, f'shapes-{D._version}-20-10-42'])
+    assert same(shapes_tensors(16, root, **SMALL), small[1])
+
+@pytest.mark.parametrize('kwargs, error, match', [
+    (dict(size=0), ValueError, 'size=0 must be from 1 to 256 pixels'), (dict(size=-1), ValueError, 'size=-1'), (dict(size=257), ValueError, 'size=257'),
+    (dict(size=32.), TypeError, r'size=32\.0 must be an integer'), (dict(size='32'), TypeError, "size='32'"), (dict(size=True), TypeError, 'size=True'),
+    (dict(size=(32, 32)), TypeError, r'size=\(32, 32\)'), (dict(size=None), TypeError, 'size=None'), (dict(n_train=9), ValueError, 'n_train=9 must be'),
+    (dict(seed=1.5), TypeError, r'seed=1\.5')])
+def test_tensors_refuse(tmp_path, kwargs, error, match):
+    with pytest.raises(error, match=match): shapes_tensors(**{**dict(root=tmp_path), **SMALL, **kwargs})
+    assert os.listdir(tmp_path) == []
 
 
 # Bad input
