@@ -445,12 +445,15 @@ class _GroupsAndStates(torch.optim.Optimizer):
         _exact_state(self, state_dict)
 
     def __getstate__(self):
-        return {**super().__getstate__(), **{k: self.__dict__[k] for k in 'steppers stats engine parts foreach _names'.split()}}
+        own = 'steppers stats engine parts foreach _names _made_for'.split()
+        return {**super().__getstate__(), **{k: self.__dict__[k] for k in own}}
 
     def __setstate__(self, state): # of a pickle, a copy, and of torch's `load_state_dict`
         super().__setstate__(state)
         self.defaults.pop('differentiable', None) # torch's word, and no hyperparameter of any part
-        self._made_for, self._checked, self._kernels = {p: _kind(p) for p, s in self.state.items() if s}, {}, {}
+        made_for = state.get('_made_for', {}) # without it, states were checked; a pickle may have come to another device
+        self._made_for = {p: (*made_for.get(p, _kind(p))[:2], p.device) for p, s in self.state.items() if s}
+        self._checked, self._kernels = {}, {}
 
     def __repr__(self):
         lines = [f'{type(self).__name__}({" -> ".join(map(part_name, self.all_parts))})']
