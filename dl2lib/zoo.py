@@ -412,7 +412,7 @@ def decay_groups(model:nn.Module, # its parameters
     norms = {id(p) for m in model.modules() if 'Norm' in type(m).__name__ for p in m._parameters.values() if p is not None}
     free = [p for p in ps if p.ndim < 2 or id(p) in norms]
     ids = {id(p) for p in free}
-    groups = [dict(params=[p for p in ps if id(p) not in ids], wd=wd), dict(params=free, wd=0.)]
+    groups = [dict(params=[p for p in ps if id(p) not in ids], wd=wd, weight_decay=wd), dict(params=free, wd=0., weight_decay=0.)]
     return [g for g in groups if g['params']]
 
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-061

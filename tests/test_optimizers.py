@@ -304,6 +304,34 @@ def test_a_step_asks_nothing_of_the_device(name, engine):
         for _ in range(3): opt.step()
     assert r.found == []
 
+# Autograd
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize('engine', ['tensor', 'list', None])
+@pytest.mark.parametrize('name', ready)
+def test_a_step_between_forward_and_backward_is_an_error(name, engine, dtype):
+    "As with torch's optimizers: the gradient would be of weights that are gone."
+    for make in (lambda ps: ready[name](ps, lr=.1, engine=engine), lambda ps: torch.optim.SGD(ps, lr=.1)):
+        p = nn.Parameter(torch.ones(2, dtype=dtype))
+        opt, loss = make([p]), (p*p).abs().sum()
+        p.grad = torch.ones_like(p)
+        opt.step()
+        with pytest.raises(RuntimeError, match='modified by an inplace operation'): loss.backward()
+
+def test_what_has_no_gradient_is_not_marked():
+    a, b = params()[:2]
+    loss = (b*b).sum()
+    a.grad = torch.ones_like(a)
+    sgd_opt([a, b], lr=.1).step()
+    loss.backward()
+    assert (b.grad == 2*b).all()
+
+def test_a_step_that_fails_is_marked_too():
+    def fails(p, lr, **kwargs): p.data.add_(1); raise ArithmeticError
+    p = nn.Parameter(torch.ones(2))
+    loss, p.grad = (p*p).sum(), torch.ones(2)
+    with pytest.raises(ArithmeticError): Optimizer([p], fails, lr=.1).step()
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'): loss.backward()
+
 # Half precision, complex numbers
 @pytest.mark.parametrize('engine', ['tensor', 'list', None])
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
@@ -567,6 +595,71 @@ def test_repr_and_formula():
     assert md.count('$$') == 2 and all(o.formula in md for o in opt.all_parts)
     def my_own(p, lr, **kwargs): return p
     assert r'\text{my\_own}' in Optimizer(params(), my_own, lr=.1)._repr_markdown_() # a bare underscore is an error in \text
+
+# Conveniences
+@pytest.mark.parametrize('make', [adam_opt, lamb_opt])
+def test_parameters_may_be_given_at_once(make):
+    ps = params()
+    for form in (ps, (p for p in ps), [ps[:1], ps[1:]], dict(params=ps), [('w', ps[0])], iter([dict(params=ps, lr=.2)])):
+        opt = make(form, lr=.1, wd=.2)
+        assert isinstance(opt, StatefulOptimizer) and opt.hypers[0]['wd'] == .2 and sum(len(pg['params']) for pg in opt.hypers) in (1, 3)
+    assert repr(make(ps, lr=.1)) == repr(make()(ps, lr=.1))
+    for xtra in (None, sgd_step, [sgd_step], (sgd_step,), []): # further steppers, as in the lesson
+        opt = make(xtra, wd=.2)(ps, lr=.1)
+        assert (sgd_step in opt.steppers) == bool(xtra) and opt.hypers[0]['wd'] == .2
+    with pytest.raises(TypeError, match='parameter 0 of group 0 is a Linear: a tensor is needed'): make(nn.Linear(2, 2), lr=.1)
+    with pytest.raises(ValueError, match='no parameters'): make(dict(params=[]), lr=.1)
+
+def test_a_learner_takes_adam_opt_both_ways():
+    from types import SimpleNamespace
+    from dl2lib.learner import Learner
+    data = SimpleNamespace(train_dl=[], valid_dl=None)
+    for opt_func in (adam_opt, adam_opt()):
+        learn = Learner(nn.Linear(2, 2), data, nn.functional.cross_entropy, opt_func=opt_func, lr=.003)
+        assert learn.opt.hypers[0]['lr'] == .003 and len(learn.opt.hypers[0]['params']) == 2
+
+class Looks(Stat):
+    def init_state(self, p): return {'looked': 0.}
+    def update(self, p, state, grad_avg, **kwargs): return {**state, 'looked': 1.}
+
+def test_a_stat_that_asks_for_the_state_is_told_where_it_is():
+    says = r"Looks asks for 'grad_avg' in update: it is in the state, take it from there: state\['grad_avg'\]"
+    with pytest.raises(TypeError, match=says): StatefulOptimizer(params(), momentum_step, [AverageGrad(), Looks()], lr=.1)
+    class Quiet(AverageGrad): keeps = None # it does not say what it keeps: noticed in the first step
+    opt = StatefulOptimizer(with_grads(ps := params()), momentum_step, [Quiet(), Looks()], lr=.1)
+    with pytest.raises(TypeError, match=says): opt.step()
+
+class Silent(Stat):
+    def init_state(self, p): return {'kept': torch.zeros_like(p)}
+    def update(self, p, state, **kwargs): return state
+
+def test_names_are_checked_in_the_first_step_where_a_stat_does_not_say_what_it_keeps():
+    def uses(p, lr, kept, misspelt, **kwargs): return p
+    opt = StatefulOptimizer(with_grads(params()), uses, Silent(), lr=.1)
+    with pytest.raises(TypeError, match="uses needs the hyperparameter 'misspelt': pass misspelt="): opt.step()
+    def takes(p, lr, kept, **kwargs): return p
+    opt = StatefulOptimizer(with_grads(params()), takes, Silent(), lr=.1, kept=3)
+    with pytest.raises(ValueError, match="'kept' is a name in the state of these parts"): opt.step()
+    def fails(p, lr, kept, **kwargs): return p + 'a' # a TypeError of another kind stays as it is
+    with pytest.raises(TypeError, match='unsupported operand|must be Tensor'): StatefulOptimizer(with_grads(params()), fails, Silent(), lr=.1).step()
+
+def test_torch_words_for_decay():
+    ps = params()
+    opt = adam_opt()([dict(params=ps[:1], weight_decay=0.), dict(params=ps[1:], weight_decay=.1)], lr=.1) # timm's groups
+    assert [pg['wd'] for pg in opt.hypers] == [0., .1] and not any('weight_decay' in pg for pg in opt.hypers)
+    assert sgd_opt(ps, lr=.1, weight_decay=.3).hypers[0]['wd'] == .3
+    with pytest.raises(ValueError, match=r'weight_decay=0.1 and wd=0.2 are the same thing: give wd'): adam_opt(wd=.2)(ps, lr=.1, weight_decay=.1)
+    with pytest.raises(TypeError, match="'weight_decay': it is called wd here; they use lr"): Optimizer(ps, sgd_step, lr=.1, weight_decay=.1)
+    def own(p, lr, weight_decay, **kwargs): return p # a user's own word stays
+    assert Optimizer(ps, own, lr=.1, weight_decay=.1).hypers[0]['weight_decay'] == .1
+    opt.hypers[0]['weight_decay'] = .5
+    with pytest.raises(TypeError, match="'weight_decay': it is called wd here"): (with_grads(ps), opt.step())
+
+def test_a_group_after_loading():
+    opt = adam_opt()(params(), lr=.1)
+    opt.load_state_dict(opt.state_dict())
+    opt.add_param_group(dict(params=params(seed=7), lr=.2))
+    assert [pg['lr'] for pg in opt.hypers] == [.1, .2]
 
 # Bad input
 def test_no_parameters():

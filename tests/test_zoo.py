@@ -349,6 +349,16 @@ def test_layer_ratios_of_lamb():
     assert got[0][1] == pytest.approx(2., rel=1e-4) # |p| = 4, |update| = 2, as each of its four numbers is 1
     assert got[1][1] < 1e-6 # it has moved by 1e-9: a length that is no longer zero
 
+@pytest.mark.parametrize('make', [adam_opt(), adam_opt, T.AdamW, T.SGD])
+def test_groups_without_decay_work_with_any_optimizer(make):
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    opt = make(decay_groups(model, wd=.3), lr=.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters(): p.grad = torch.zeros_like(p)
+    opt.step()
+    moved = [not torch.equal(p, b) for p, b in zip(model.parameters(), before)]
+    assert moved == [True, False, False, False]
+
 def test_layer_ratios_of_lars():
     ps = params_of([torch.full((4,), 2.)])
     ps[0].grad = torch.full((4,), .5)
