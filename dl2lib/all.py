@@ -14,6 +14,7 @@ from dl2lib.resnet import *
 from dl2lib.datablock import *
 from dl2lib.datacache import *
 from dl2lib.foreach import *
+from dl2lib.groups import *
 from dl2lib.optimizers import *
 from dl2lib.zoo import *
 from dl2lib.learner import *

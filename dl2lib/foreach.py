@@ -28,8 +28,9 @@ def _refuses(what): return lambda self, *args, **kwargs: _refuse(what)
 def _operators(cls, names, call): # gives `cls` the operators `names`; `call(self, method, other)`
     for name in names: setattr(cls, f'__{name}__', lambda self, *other, name=name: call(self, name, *other))
 
-_refused = dict(bool='truth value (bool, if)', len='length (len)', getitem='items (indexing)', setitem='items (indexing)',
-                iter='items (iteration)', contains='`in`', float='value (float)', int='value (int)', index='value (index)')
+_refused = dict(bool='truth value (bool, if)', len='length (len)', getitem='items (indexing)',
+                setitem='items (indexing)', iter='items (iteration)', contains='`in`', float='value (float)',
+                int='value (int)', index='value (index)')
 
 def _refuse_all(cls, **more): # dunder name -> what to call it
     for name, what in {**_refused, **more}.items(): setattr(cls, f'__{name}__', _refuses(what))
@@ -37,8 +38,8 @@ def _refuse_all(cls, **more): # dunder name -> what to call it
 # %% ../nbs/engine/09_foreach.ipynb #09_tensorlist-017
 class PerTensor:
     "One number for each tensor of a list, such as their norms, in one vector."
-    _methods = set('abs sqrt rsqrt reciprocal square pow clamp clamp_min clamp_max add sub mul div true_divide maximum minimum where neg '
-                   'gt ge lt le isfinite logical_and logical_or logical_not exp log'.split())
+    _methods = set('abs sqrt rsqrt reciprocal square pow clamp clamp_min clamp_max add sub mul div true_divide maximum '
+                   'minimum where neg gt ge lt le isfinite logical_and logical_or logical_not exp log'.split())
 
     def __init__(self, v:Tensor): # (n,)
         self.v = v
@@ -73,7 +74,8 @@ def _number_op(self, name, *other): # a Python operator
 
 def _reflected(f): return lambda a, b: f(b, a)
 
-_number_ops = {k: getattr(operator, f'__{k}__') for k in 'add sub mul truediv pow neg abs gt ge lt le and or invert'.split()}
+_number_names = 'add sub mul truediv pow neg abs gt ge lt le and or invert'.split()
+_number_ops = {k: getattr(operator, f'__{k}__') for k in _number_names}
 _number_ops.update({f'r{k}': _reflected(_number_ops[k]) for k in ('add', 'sub', 'mul', 'truediv')})
 _operators(PerTensor, _number_ops, _number_op)
 _refuse_all(PerTensor, eq='comparison (==)', ne='comparison (!=)')
@@ -141,7 +143,8 @@ def _clamped(x, lo, hi): # in place
     return x
 
 def _list_op(self, name, *other): # a Python operator
-    names = dict(truediv='div', itruediv='div_', iadd='add_', isub='sub_', imul='mul_', ipow='pow_', radd='add', rmul='mul')
+    names = dict(truediv='div', itruediv='div_', iadd='add_', isub='sub_', imul='mul_', ipow='pow_', radd='add',
+                 rmul='mul')
     if name == 'rsub': return self.neg().add_(*other)
     if name == 'rtruediv': return self.reciprocal().mul_(*other)
     return getattr(self, names.get(name, name))(*other)
@@ -233,7 +236,7 @@ _avgs = 'AverageGrad(dampening=True) AverageSqrGrad(dampening=True) StepCount'
 kernels = { # a chain, in the order in which its parts run
     'sgd_step':                        _sgd,
     'l2_reg sgd_step':                 _sgd,
-    'weight_decay sgd_step':           _sgd,                             # one step of SGD cannot tell the two decays apart
+    'weight_decay sgd_step':           _sgd,                         # one step of SGD cannot tell the two decays apart
     f'{_avg} momentum_step':           _sgd,
     f'l2_reg {_avg} momentum_step':    _sgd,
     f'{_avg} nesterov_step':           partial(_sgd, nesterov=True),
@@ -279,7 +282,8 @@ def step_lists(chain,       # function of (parameter, state, hyper) to the new s
     for ps, states in _buckets(ps, states):
         if kernel is not None and all(list(map(_fits, ps, states))): numbers = kernel(ps, states, **hyper)
         elif forced:
-            raise ValueError("engine='fused': torch has no kernel for these parts, hyperparameters or tensors: leave `engine` out")
+            raise ValueError("engine='fused': torch has no kernel for these parts, hyperparameters or tensors: "
+                             "leave `engine` out")
         else:
             _list_step(chain, ps, states, hyper)
             continue

@@ -8,16 +8,16 @@ __all__ = ['sgd_opt', 'sgd_mom_opt', 'sgd_step', 'weight_decay', 'l2_reg', 'get_
            'StatefulOptimizer', 'adam_opt', 'lamb_opt']
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-002
-import difflib, inspect, math
+import math
 from functools import partial
-from numbers import Real
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .core import listify
-from .foreach import declared, kernel_of, part_name, step_lists
+from .foreach import part_name, step_lists
+from .groups import GroupsAndStates, as_groups, round_back, stand_in
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-007
 def sgd_step(p:Tensor, lr:float, **kwargs): # p: a parameter with its `grad`, changed in place
@@ -59,34 +59,6 @@ def maybe_update(os,    # parts
     for o in os:
         for k, v in f(o).items(): dest.setdefault(k, v)
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-021
-def _needs(part)->dict: # names of what a stepper or stat is given beside p and state, to whether it can do without
-    f = part.update if hasattr(part, 'update') else part
-    ps = [o for o in inspect.signature(f).parameters.values() if o.kind not in (o.VAR_KEYWORD, o.VAR_POSITIONAL)]
-    return {o.name: o.default is not o.empty for o in ps[2 if hasattr(part, 'update') else 1:]}
-
-_torch_words = dict(weight_decay='wd', momentum='mom', betas='mom and sqr_mom', dampening='AverageGrad(dampening=True)')
-
-def _hint(name, names): # a text: what to write instead of `name`
-    if name in _torch_words: return f'it is called {_torch_words[name]} here; they use {", ".join(sorted(names)) or "none"}'
-    guess = difflib.get_close_matches(name, names, 1)
-    return f'do you mean {guess[0]!r}?' if guess else f'they use {", ".join(sorted(names)) or "none"}'
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-022
-_unit = {'mom', 'sqr_mom'}              # in [0, 1)
-_positive = {'lr', 'wd', 'eps', 'alpha'} # not negative
-
-
-def check_hyper(name:str, # of a hyperparameter
-                v,        # its value
-               )->None:
-    "Refuse a value that makes no sense, by name."
-    if v is None or isinstance(v, bool): return
-    if not isinstance(v, Real): raise TypeError(f'{name}={v!r} is a {type(v).__name__}: a hyperparameter is a number')
-    if not math.isfinite(v): raise ValueError(f'{name}={v!r} must be finite')
-    if name in _unit and not 0 <= v < 1: raise ValueError(f'{name}={v!r} must be in [0, 1)')
-    if name in _positive and v < 0: raise ValueError(f'{name}={v!r} must not be negative')
-
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-025
 class Stat:
     "What an optimizer remembers of a parameter: its initial value, and how a step changes it."
@@ -96,20 +68,21 @@ class Stat:
     def init_state(self, p:Tensor)->dict: # p: parameter with its `grad`; -> name to tensor or number, new to the state
         raise NotImplementedError(f'{type(self).__name__}.init_state(p): return a dict')
 
-    def update(self, p:Tensor, state:dict, **kwargs)->dict: # kwargs: hyperparameters; -> state, its tensors changed in place
+    def update(self, p:Tensor, state:dict, **kwargs)->dict: # kwargs: hyperparameters; -> state, changed in place
         raise NotImplementedError(f'{type(self).__name__}.update(p, state, **kwargs): change the state, and return it')
 
     def __repr__(self): return part_name(self)
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-028
 class AverageGrad(Stat):
-    r"Moving average of gradients: $m \leftarrow \beta m + (1-\beta) g$ with dampening, else $m \leftarrow \beta m + g$."
+    r"Average of gradients: $m \leftarrow \beta m + (1-\beta) g$ with dampening, else $m \leftarrow \beta m + g$."
     _defaults, keeps, foreach = dict(mom=.9), ('grad_avg', 'mom_damp'), True
     def __init__(self, dampening=False): # whether new gradients count 1-mom, else 1
         self.dampening = dampening
 
     @property
-    def formula(self): return r'm \leftarrow \beta_1 m + (1-\beta_1)\, g' if self.dampening else r'm \leftarrow \beta_1 m + g'
+    def formula(self):
+        return r'm \leftarrow \beta_1 m + (1-\beta_1)\, g' if self.dampening else r'm \leftarrow \beta_1 m + g'
 
     def init_state(self, p): return {'grad_avg': torch.zeros_like(p)}
 
@@ -130,7 +103,7 @@ def debias(mom:float,  # memory of the average
 
 def lin_comb(v1,         # number, tensor or `TensorList`
              v2,         # the same
-             beta:float, # share of `v1`
+             beta:float, # fraction of `v1`
             ):           # $\beta v_1+(1-\beta)v_2$
     "A point on the line from `v2` to `v1`."
     return beta*v1 + (1-beta)*v2
@@ -145,7 +118,7 @@ momentum_step.foreach, momentum_step.formula = True, r'p \leftarrow p - \eta\, m
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-043
 class AverageSqrGrad(Stat):
-    r"Moving average of squares: $v \leftarrow \beta_2 v + (1-\beta_2) g^2$ with dampening, else $v \leftarrow \beta_2 v + g^2$."
+    r"Average of squares, $v \leftarrow \beta_2 v + (1-\beta_2) g^2$; without dampening $v \leftarrow \beta_2 v + g^2$."
     _defaults, keeps, foreach = dict(sqr_mom=.99), ('sqr_avg', 'sqr_damp'), True
     def __init__(self, dampening=True): # whether new squares count 1-sqr_mom, else 1
         self.dampening = dampening
@@ -174,7 +147,7 @@ class StepCount(Stat):
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-047
 def adam_step(p:Tensor, lr:float, mom:float, mom_damp:float, step:int, sqr_mom:float, sqr_damp:float,
               grad_avg:Tensor, sqr_avg:Tensor, eps:float, **kwargs): # averages: as p; step: from 1
-    r"Along the average, over the root of the squares' average, both debiased (arXiv 1412.6980); $\epsilon$ outside the root."
+    r"Along the average, over the root of the average square, both debiased (arXiv 1412.6980)."
     debias1, debias2 = debias(mom, mom_damp, step), debias(sqr_mom, sqr_damp, step)
     p.data.addcdiv_(grad_avg, sqr_avg.sqrt().div_(math.sqrt(debias2)).add_(eps), value=-lr/debias1)
     return p
@@ -186,307 +159,41 @@ adam_step.formula = r'p \leftarrow p - \eta\,\frac{m/d_1}{\sqrt{v/d_2}+\epsilon}
 def trust_ratio(p,              # parameter
                 update,         # what it is to be moved by, before the learning rate
                 max_ratio=None, # at most
-                factor=1.,      # what `update` is still to be multiplied by
                ):               # a number for each parameter, on its device
     r"$|p|/|u|$, and 1 where one of the two is zero."
-    a, b = p.norm(), update.norm()*factor
+    a, b = p.norm(), update.norm()
     ratio = torch.where(torch.minimum(a, b) > 0, a/b, 1.)
     return ratio if max_ratio is None else ratio.clamp(max=max_ratio)
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-056
-def lamb_update(p, mom, mom_damp, step, sqr_mom, sqr_damp, grad_avg, sqr_avg, eps, wd, **kwargs)->tuple: # arguments: as for `adam_step`
-    "Adam's direction and the decay, without a factor; the factor."
-    debias1, debias2 = debias(mom, mom_damp, step), debias(sqr_mom, sqr_damp, step)
-    factor, denom = math.sqrt(debias2)/debias1, sqr_avg.sqrt().add_(eps*math.sqrt(debias2))
-    if wd > 1e-9: return p.data.addcdiv(grad_avg, denom, value=factor/wd), wd
-    update = grad_avg/denom # with a decay as small as that, the quotient above might be too large for float32
-    return (update.add_(p.data, alpha=wd/factor) if wd else update), factor
+def lamb_direction(p, mom, mom_damp, step, sqr_mom, sqr_damp, grad_avg, sqr_avg, eps, wd, **kwargs): # as `adam_step`
+    r"Adam's step and the decay: $u=\frac{m/d_1}{\sqrt{v/d_2}+\epsilon}+\lambda p$."
+    m, v = grad_avg/debias(mom, mom_damp, step), sqr_avg/debias(sqr_mom, sqr_damp, step)
+    return m.div_(v.sqrt_().add_(eps)).add_(p.data, alpha=wd)
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-056b
-def lamb_step(p:Tensor, lr:float, max_ratio=10., **kwargs): # further arguments: as for `lamb_update`
-    r"A step of Adam with decay inside, made as long as the parameter is (arXiv 1904.00962)."
-    update, factor = lamb_update(p, **kwargs)
-    p.data.addcmul_(update, trust_ratio(p.data, update, max_ratio, factor), value=-lr*factor)
+def lamb_step(p:Tensor, lr:float, max_ratio=10., **kwargs): # further arguments: as for `lamb_direction`
+    r"A step of Adam with decay inside, scaled to the norm of the parameter (arXiv 1904.00962)."
+    u = lamb_direction(p, **kwargs)
+    p.data.sub_(u.mul_(trust_ratio(p.data, u, max_ratio)), alpha=lr)
     return p
 
 lamb_step._defaults, lamb_step.foreach = dict(eps=1e-6, wd=0., max_ratio=10.), True
 lamb_step.formula = (r'u = \frac{m/d_1}{\sqrt{v/d_2}+\epsilon}+\lambda p,\quad '
                      r'p \leftarrow p - \eta\,\min\!\left(\frac{|p|}{|u|},r\right)u')
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-061
-def _is_list(o): # of tensors: no tensor, no dict, no named tensor
-    if isinstance(o, (Tensor, dict, str)) or not hasattr(o, '__iter__'): return False
-    return not (isinstance(o, tuple) and o and isinstance(o[0], str))
-
-def _as_groups(params)->list: # what torch takes (tensors, named tensors, dicts), or the lesson's lists of tensors -> dicts
-    if isinstance(params, Tensor): raise TypeError('params is one tensor: give a list of parameters')
-    if isinstance(params, dict): params = [params]
-    params = list(params)
-    if not params: raise ValueError('no parameters: params is empty (a generator that was used before?)')
-    if any(map(_is_list, params)): return [dict(params=list(o)) if _is_list(o) else o for o in params]
-    groups = params if isinstance(params[0], dict) else [dict(params=params)]
-    return [dict(g) if isinstance(g, dict) else dict(params=[g]) for g in groups]
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-062
-def _check_params(group, i, seen)->None: # a group, its number, parameters of the groups before (id to place)
-    ps = group.get('params')
-    if ps is None: raise ValueError(f"parameter group {i} has no 'params'")
-    group['params'] = ps = [ps] if isinstance(ps, Tensor) else list(ps)
-    if not ps: raise ValueError(f'parameter group {i} is empty: no parameters')
-    for j, p in enumerate(ps):
-        where, t = f'parameter {j} of group {i}', p[1] if isinstance(p, tuple) else p
-        if isinstance(p, tuple): where += f' ({p[0]})'
-        if not isinstance(t, Tensor): raise TypeError(f'{where} is a {type(t).__name__}: a tensor is needed')
-        where += f', shape {tuple(t.shape)}'
-        if not t.is_leaf and not t.retains_grad:
-            raise ValueError(f'{where}, is no leaf (it was computed): give the tensor that it was computed from')
-        if id(t) in seen: raise ValueError(f'{where}, is given twice: it is {seen[id(t)]} already')
-        seen[id(t)] = f'parameter {j} of group {i}'
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-141
-_torch_keys = {'params', 'param_names', 'name', 'initial_lr', 'max_lr', 'min_lr', 'max_momentum', 'base_momentum', 'swa_lr',
-               'lr_scale'}
-
-def _hyper(pg)->dict: # a group's hyperparameters
-    return {k: v for k, v in pg.items() if k not in _torch_keys}
-
-def _order(f): return getattr(f, '_order', 0)
-
-def _check_parts(steppers, stats):
-    if not steppers or not all(map(callable, steppers)):
-        raise TypeError(f'steppers={steppers!r}: give a function of (p, lr, ..., **kwargs), or several')
-    for s in stats:
-        if isinstance(s, type) or not (hasattr(s, 'init_state') and hasattr(s, 'update')):
-            raise TypeError(f'{s.__name__ if isinstance(s, type) else part_name(s)} is no stat: give an instance of a Stat')
-        for f in ('init_state', 'update'):
-            if getattr(type(s), f) is getattr(Stat, f): raise NotImplementedError(f'{type(s).__name__}.{f} is missing: write it')
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-142
-class _Names:
-    "The names that a chain of parts uses for hyperparameters, and those that its stats keep in the state."
-    def __init__(self, parts, stats):
-        kept = [declared(s, 'keeps') for s in stats]
-        self.all_said, self.kept = None not in kept, set()
-        for s, names in zip(stats, kept):
-            for k in names or ():
-                if k in self.kept: raise ValueError(f'{s!r} keeps {k!r} in the state, and so does a stat before it')
-                self.kept.add(k)
-        for s in stats:
-            for k in _needs(s):
-                if k in self.kept: raise TypeError(f'{s!r} asks for {k!r} in update: it is in the state, take it from there: state[{k!r}]')
-        needs = [(part_name(o), k, optional) for o in parts for k, optional in _needs(o).items() if k not in self.kept]
-        self.used = {k for _, k, _ in needs}.union(*(get_defaults(o) for o in parts)) - self.kept
-        self.needed = [(part, k) for part, k, optional in needs if not optional and self.all_said]
-
-    def translate(self, group): # timm and torch call it weight_decay
-        if 'weight_decay' not in group or 'wd' not in self.used or 'weight_decay' in self.used: return group
-        group, wd = dict(group), group['weight_decay']
-        del group['weight_decay']
-        if group.setdefault('wd', wd) != wd: raise ValueError(f"weight_decay={wd!r} and wd={group['wd']!r} are the same thing: give wd")
-        return group
-
-    def check(self, group, i): # its number
-        for k, v in group.items():
-            if k in _torch_keys or k.startswith('initial_'): continue
-            if k in self.kept: raise ValueError(f'{k!r} is a name in the state of these parts: it cannot be a hyperparameter too')
-            if k not in self.used: raise TypeError(f'no part uses the hyperparameter {k!r}: {_hint(k, self.used)}')
-            check_hyper(k, v)
-        for part, k in self.needed:
-            if k not in group: raise TypeError(f'{part} needs the hyperparameter {k!r}: pass {k}=... (group {i} has none)')
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-145
-def _explain(part, state, hyper): # why a part could not be called; nothing, if it was something else
-    is_stat = hasattr(part, 'update')
-    for k in [] if is_stat else state.keys() & hyper.keys():
-        raise ValueError(f'{k!r} is a name in the state of these parts: it cannot be a hyperparameter too')
-    for k, optional in _needs(part).items():
-        if is_stat and k in state and k not in hyper:
-            raise TypeError(f'{part!r} asks for {k!r} in update: it is in the state, take it from there: state[{k!r}]')
-        if not optional and k not in hyper and k not in state:
-            raise TypeError(f'{part_name(part)} needs the hyperparameter {k!r}: pass {k}=...')
-
-def _apply(f, p, state, hyper): # a stepper
-    try: res = f(p, **state, **hyper)
-    except TypeError:
-        _explain(f, state, hyper)
-        raise
-    if res is not None and res is not p: raise TypeError(f'{part_name(f)} returns something new: a stepper changes p in place, and returns it')
-
-def _update(s, p, state, hyper): # a stat
-    try: return s.update(p, state, **hyper)
-    except TypeError:
-        _explain(s, state, hyper)
-        raise
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-148
-_half = torch.float16, torch.bfloat16
-
-def _stand_in(p): # what parts work on instead of `p`: for half precision a float32 copy, for complex numbers their two parts
-    if p.dtype in _half: q, g = p.detach().float(), p.grad.detach().float()
-    elif p.is_complex(): q, g = torch.view_as_real(p.detach()), torch.view_as_real(p.grad.detach())
-    else: return p
-    q.grad = g
-    return q
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-151
-def _init(stats, p)->dict: # a state
-    state = {}
-    for o in stats:
-        new = o.init_state(p)
-        twice = [k for k in new if k in state]
-        if twice: raise ValueError(f'{o!r} keeps {twice[0]!r} in the state, and so does a stat before it')
-        state.update(new)
-    return state
-
-def _kind(p): # what a state is made for
-    return p.shape, torch.float32 if p.dtype in _half else p.dtype, p.device
-
-def _in_words(shape, dtype, device=None): return f'{str(dtype)[6:]} {tuple(shape)}' + (f' on {device}' if device else '')
-
-def _check_grad(p, where):
-    g = p.grad
-    if g.layout is not torch.strided: raise ValueError(f'{where}, shape {tuple(p.shape)}, has a sparse gradient: '
-                                                       'make the embedding with sparse=False')
-    if g.shape == p.shape and g.device == p.device and (g.dtype == p.dtype or p.dtype in _half): return
-    raise ValueError(f'{where} is {_in_words(p.shape, p.dtype, p.device)}, its gradient {_in_words(g.shape, g.dtype, g.device)}: '
-                     'the data of the parameter were replaced since backward(), which has to be run again')
-
-def _check_kind(p, made_for, where):
-    now = _kind(p)
-    if now == made_for: return
-    remedy = 'make a new optimizer, or opt.state.pop(parameter) to begin with it anew'
-    if now[:2] == made_for[:2]: remedy = 'opt.load_state_dict(opt.state_dict()) moves it'
-    raise ValueError(f'{where} is {_in_words(*now)}, its state was made for {_in_words(*made_for)}: {remedy}')
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-154
-def _check_one(names, state, made_for, p, where):
-    odd = names.kept ^ set(state) if state and names.all_said else ()
-    if odd: raise ValueError(f'this is the state of another optimizer: {where} differs in {", ".join(sorted(odd))}')
-    if made_for is not None and made_for != _in_words(*_kind(p)[:2]):
-        raise ValueError(f'the state of {where} was made for {made_for}, the parameter is {_in_words(*_kind(p)[:2])}')
-
-def _check_state(opt, sd):
-    if 'param_groups' not in sd or 'state' not in sd:
-        raise ValueError("this is no optimizer's state: it has no 'param_groups' and 'state'")
-    mine, its = [part_name(o) for o in opt.all_parts], sd.get('parts')
-    if its is not None and its != mine:
-        raise ValueError(f'this is the state of another optimizer: its parts are {", ".join(its)}, here {", ".join(mine)}')
-    groups = sd['param_groups']
-    if len(groups) != len(opt.param_groups):
-        raise ValueError(f'the state has {len(groups)} parameter groups, the optimizer {len(opt.param_groups)}')
-    for i, (a, b) in enumerate(zip(groups, opt.param_groups)):
-        lacks = [k for k in _hyper(b) if k not in a]
-        if lacks:
-            raise ValueError(f'this is the state of another optimizer: group {i} has no {", ".join(lacks)} (from torch: `from_torch`)')
-        if len(a['params']) != len(b['params']):
-            raise ValueError(f"group {i} of the state has {len(a['params'])} parameters, the optimizer's {len(b['params'])}")
-        for j, (k, p) in enumerate(zip(a['params'], b['params'])):
-            _check_one(opt._names, sd['state'].get(k), sd.get('made_for', {}).get(k), p, f'parameter {j} of group {i}')
-
-def _exact_state(opt, sd): # torch rounds what it loads to the parameter's type: here the state keeps its type
-    for a, b in zip(sd['param_groups'], opt.param_groups):
-        for k, p in zip(a['params'], b['params']):
-            for name, v in sd['state'].get(k, {}).items():
-                opt.state[p][name] = v.detach().clone().to(p.device) if isinstance(v, Tensor) else v
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-156
-class _GroupsAndStates(torch.optim.Optimizer):
-    "Groups of parameters, their hyperparameters and states: checked, saved, and said in words. `parts` are the subclass's."
-    def _set_parts(self, steppers, stats):
-        _check_parts(steppers, stats)
-        self.parts = [f for f in steppers if _order(f) < 0], stats, [f for f in steppers if _order(f) >= 0]
-        self._names = _Names(self.all_parts, stats)
-        self.foreach = all(declared(o, 'foreach') is True for o in self.all_parts)
-        self._made_for, self._checked, self._kernels = {}, {}, {}
-
-    @property
-    def all_parts(self)->list: # in the order in which they run
-        return [*self.parts[0], *self.parts[1], *self.parts[2]]
-
-    @property
-    def hypers(self)->list: # a dict for each group; beside the hyperparameters it holds 'params'
-        return self.param_groups
-
-    def add_param_group(self, param_group:dict): # has 'params'; what else it has goes before the hyperparameters of all groups
-        "Add a group of parameters."
-        group, i = self._names.translate(dict(param_group)), len(self.param_groups)
-        seen = {id(p): f'parameter {j} of group {k}' for k, pg in enumerate(self.param_groups) for j, p in enumerate(pg['params'])}
-        _check_params(group, i, seen)
-        self._names.check({**self.defaults, **group}, i)
-        super().add_param_group(group)
-
-    def _hyper_of(self, i): # of a group, checked where it has changed
-        hyper = _hyper(self.param_groups[i])
-        if hyper != self._checked.get(i):
-            self._names.check(hyper, i)
-            self._checked[i] = hyper
-        return hyper
-
-    def _states_of(self, i, ps)->list: # of parameters with gradients in group `i`; those that have none get one
-        for j, p in enumerate(self.param_groups[i]['params']):
-            if p.grad is None: continue
-            _check_grad(p, where := f'parameter {j} of group {i}')
-            if self.state[p]: _check_kind(p, self._made_for.setdefault(p, _kind(p)), where)
-        for p in ps:
-            if self.state[p]: continue
-            self.state[p].update(_init(self.stats, _stand_in(p)))
-            self._made_for[p] = _kind(p)
-        return [self.state[p] for p in ps]
-
-    def state_dict(self):
-        ps = [p for pg in self.param_groups for p in pg['params']]
-        made_for = {i: _in_words(*self._made_for[p][:2]) for i, p in enumerate(ps) if self.state.get(p) and p in self._made_for}
-        return {**super().state_dict(), 'parts': [part_name(o) for o in self.all_parts], 'made_for': made_for}
-
-    def load_state_dict(self, state_dict:dict): # as `state_dict` gives it, of an optimizer of the same parts and shapes
-        "Go on from a state: averages and hyperparameters."
-        _check_state(self, state_dict)
-        super().load_state_dict(state_dict)
-        _exact_state(self, state_dict)
-
-    def __getstate__(self):
-        own = 'steppers stats engine parts foreach _names _made_for'.split()
-        return {**super().__getstate__(), **{k: self.__dict__[k] for k in own}}
-
-    def __setstate__(self, state): # of a pickle, a copy, and of torch's `load_state_dict`
-        super().__setstate__(state)
-        self.defaults.pop('differentiable', None) # torch's word, and no hyperparameter of any part
-        made_for = state.get('_made_for', {}) # without it, states were checked; a pickle may have come to another device
-        self._made_for = {p: (*made_for.get(p, _kind(p))[:2], p.device) for p, s in self.state.items() if s}
-        self._checked, self._kernels = {}, {}
-
-    def __repr__(self):
-        lines = [f'{type(self).__name__}({" -> ".join(map(part_name, self.all_parts))})']
-        for i, pg in enumerate(self.param_groups):
-            hs = ', '.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k, v in _hyper(pg).items())
-            lines.append(f'  group {i}: {len(pg["params"])} tensors, {sum(p.numel() for p in pg["params"]):,} elements; {hs}')
-        return '\n'.join(lines)
-
-    def _repr_markdown_(self):
-        rows = [getattr(o, 'formula', r'\text{%s}' % part_name(o).replace('_', r'\_')) for o in self.all_parts]
-        lines = r' \\ '.join('&' + r for r in rows)
-        hs = ', '.join(f'{k}={v}' for k, v in _hyper(self.param_groups[0]).items())
-        return f'**{type(self).__name__}**: {hs}\n\n$$\\begin{{aligned}}{lines}\\end{{aligned}}$$'
-
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-101
-_engines = None, 'tensor', 'list', 'fused'
-
-
-class Optimizer(_GroupsAndStates):
+class Optimizer(GroupsAndStates):
     "Runs steppers over groups of parameters. Hyperparameters are their arguments: one dict of them for each group."
     stats = ()
-    def __init__(self, params, # tensors, named tensors, torch's groups (dicts), or lists of tensors, one a group; generators too
+    def __init__(self, params, # tensors, named tensors, torch's groups (dicts), or lists of tensors, one a group
                  steppers,     # function of (p, lr, ..., **kwargs), or several: they change `p` in place, and return it
-                 engine=None,  # 'tensor'; 'list', also for parts that do not declare it, at your own risk; 'fused'; None: what is declared
+                 engine=None,  # None: what parts declare; 'tensor', 'fused'; 'list': undeclared parts too, at your risk
                  **hypers):    # for all groups that do not have their own
-        self.steppers, self.stats, self.engine = sorted(listify(steppers), key=_order), listify(self.stats), engine
-        self._set_parts(self.steppers, self.stats)
-        hypers = self._names.translate(hypers)
+        self.set_parts(listify(steppers), listify(self.stats), engine)
+        hypers = self.names.translate(hypers)
         maybe_update(self.all_parts, hypers, get_defaults)
-        super().__init__(_as_groups(params), hypers)
-        if engine not in _engines: raise ValueError(f'engine={engine!r}: choose from {", ".join(map(repr, _engines))}')
-        if engine == 'fused' and not any(kernel_of(self.parts, dict(wd=wd)) for wd in (0, 1)):
-            raise ValueError("engine='fused': torch has no kernel for these parts")
+        super().__init__(as_groups(params), hypers)
 
     @torch.no_grad()
     def step(self, closure=None): # computes the loss and its gradients anew, and returns it
@@ -494,37 +201,45 @@ class Optimizer(_GroupsAndStates):
         loss = None
         if closure is not None:
             with torch.enable_grad(): loss = closure()
-        for i in range(len(self.param_groups)): self._step_group(i)
+        for i, pg in enumerate(self.param_groups):
+            hyper, ps = self.hyper_of(i), [p for p in pg['params'] if p.grad is not None]
+            try: self.step_group(ps, self.states_of(i, ps), hyper)
+            finally: increment_version(ps) # tells autograd, which does not see what is changed by `p.data`
         return loss
 
-    def _step_group(self, i):
-        hyper, ps = self._hyper_of(i), [p for p in self.param_groups[i]['params'] if p.grad is not None]
-        states, qs = self._states_of(i, ps), [_stand_in(p) for p in ps]
-        try:
-            if self.engine == 'tensor' or not (self.foreach or self.engine == 'list'): self._one_by_one(qs, states, hyper)
-            else: step_lists(self._chain, qs, states, hyper, self._kernel(hyper), self.engine == 'fused')
-            for p, q in zip(ps, qs):
-                if p.dtype in _half: p.detach().copy_(q)
-        finally: increment_version(ps) # what has changed by `p.data` is unknown to autograd
+    def step_group(self, ps, states, hyper): # parameters, a dict for each, name to value
+        qs = list(map(stand_in, ps))
+        if self.engine != 'tensor' and (self.foreach or self.engine == 'list'):
+            step_lists(self.chain, qs, states, hyper, self.kernel_for(hyper), self.engine == 'fused')
+        else:
+            for q, state in zip(qs, states): self.step_one(q, state, hyper)
+        round_back(ps, qs)
 
-    def _one_by_one(self, ps, states, hyper):
-        for p, state in zip(ps, states):
-            g = p.grad
-            try: state.update(self._chain(p, state, hyper))
-            finally: p.grad = g # a part may have put another in its place
+    def step_one(self, p, state, hyper):
+        g = p.grad
+        try: state.update(self.chain(p, state, hyper))
+        finally: p.grad = g # a part may have put another in its place
 
-    def _chain(self, p, state, hyper)->dict: # one tensor, or a `TensorList`, through all parts; -> its new state
+    def chain(self, p, state, hyper)->dict: # one tensor, or a list of them, through all parts; -> its new state
         before, stats, after = self.parts
-        for f in before: _apply(f, p, state, hyper)
-        for s in stats: state = _update(s, p, state, hyper)
-        for f in after: _apply(f, p, state, hyper)
+        try:
+            for f in before: _apply(f, p, state, hyper)
+            for s in stats: state = s.update(p, state, **hyper)
+            for f in after: _apply(f, p, state, hyper)
+        except TypeError as e:
+            if 'argument' in str(e): e.add_note(_note(state, hyper))
+            raise
         return state
 
-    def _kernel(self, hyper): # looked up once for what it depends on
-        if self.engine == 'list': return None
-        key = bool(hyper.get('wd')), hyper.get('mom') == 0
-        if key not in self._kernels: self._kernels[key] = kernel_of(self.parts, hyper)
-        return self._kernels[key]
+
+def _note(state, hyper):
+    return (f'In the state are {", ".join(state) or "no names"}; hyperparameters are {", ".join(hyper)}. '
+            'A stepper gets both by name; a stat takes the first from the state, as state[name].')
+
+def _apply(f, p, state, hyper):
+    res = f(p, **state, **hyper)
+    if res is None or res is p: return
+    raise TypeError(f'{part_name(f)} returns something new: a stepper changes p in place, and returns it')
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-102
 class StatefulOptimizer(Optimizer):
@@ -542,8 +257,8 @@ sgd_opt = partial(Optimizer, steppers=[weight_decay, sgd_step])
 sgd_mom_opt = partial(StatefulOptimizer, steppers=[momentum_step, weight_decay], stats=[AverageGrad()], wd=.01)
 
 
-def _with_steps(xtra, steppers, stats, hypers): # -> function of parameters to an optimizer; where `xtra` are parameters, the optimizer
-    more = listify(xtra)
+def _with_steps(xtra, steppers, stats, hypers): # -> function of parameters to an optimizer
+    more = listify(xtra)                        # parameters? then the optimizer
     if all(callable(o) and not isinstance(o, torch.nn.Module) for o in more):
         return partial(StatefulOptimizer, steppers=[*steppers, *more], stats=stats, **hypers)
     return StatefulOptimizer(more, steppers, stats, **hypers)
@@ -554,12 +269,12 @@ def _adam_stats(): return [AverageGrad(dampening=True), AverageSqrGrad(), StepCo
 def adam_opt(xtra_step=None, # further steppers; or parameters, and the optimizer is made at once
              **hypers,       # `lr`, `mom`, `sqr_mom`, `eps`, `wd`
             ):               # function of parameters to an optimizer
-    "Adam; with `wd` AdamW. Defaults are the lesson's: sqr_mom=0.99, eps=1e-5, wd=0, where torch has 0.999, 1e-8, and 0.01 for AdamW."
+    "Adam; with `wd` AdamW. The defaults are sqr_mom=0.99, eps=1e-5, wd=0; torch's are 0.999, 1e-8, and 0.01 for AdamW."
     return _with_steps(xtra_step, [weight_decay, adam_step], _adam_stats(), hypers)
 
 
 def lamb_opt(xtra_step=None, # as for `adam_opt`
              **hypers,       # `lr`, `mom`, `sqr_mom`, `eps`, `wd`, `max_ratio`
             ):               # function of parameters to an optimizer
-    "LAMB. Defaults: sqr_mom=0.99, eps=1e-6, wd=0, and a ratio of at most 10; timm has 0.999, 1e-6, 0.01, and no such limit."
+    "LAMB. The defaults are sqr_mom=0.99, eps=1e-6, wd=0, max_ratio=10; timm's are 0.999, 1e-6, 0.01, and no limit."
     return _with_steps(xtra_step, [lamb_step], _adam_stats(), hypers)

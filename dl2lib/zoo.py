@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from .callbacks import Callback
 from .core import Table, listify
 from .foreach import part_name
-from .optimizers import (AverageGrad, AverageSqrGrad, Optimizer, Stat, StatefulOptimizer, StepCount, _hyper, adam_step, debias,
-                               l2_reg, lamb_step, lamb_update, momentum_step, sgd_step, trust_ratio, weight_decay)
+from .groups import hyper_of
+from .optimizers import (AverageGrad, AverageSqrGrad, Optimizer, Stat, StatefulOptimizer, StepCount, adam_step, debias,
+                               l2_reg, lamb_direction, lamb_step, momentum_step, sgd_step, trust_ratio, weight_decay)
 
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-007
 def nesterov_step(p, lr, mom, grad_avg, **kwargs):
@@ -417,8 +418,7 @@ def decay_groups(model:nn.Module, # its parameters
 
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-061
 def _lamb_ratio(p, max_ratio=None, **kwargs):
-    update, factor = lamb_update(p, **kwargs)
-    return trust_ratio(p.data, update, max_ratio, factor)
+    return trust_ratio(p.data, lamb_direction(p, **kwargs), max_ratio)
 
 
 def layer_ratios(opt:Optimizer)->list: # (parameter, number in a tensor on its device), of parameters with state and gradient
@@ -427,7 +427,7 @@ def layer_ratios(opt:Optimizer)->list: # (parameter, number in a tensor on its d
     if ratio is None:
         raise ValueError(f'layer_ratios: no part of {", ".join(part_name(o) for o in opt.all_parts)} has a ratio: LAMB and LARS have')
     with torch.no_grad():
-        return [(p, ratio(p, **opt.state.get(p, {}), **_hyper(pg)))
+        return [(p, ratio(p, **opt.state.get(p, {}), **hyper_of(pg)))
                 for pg in opt.param_groups for p in pg['params'] if p.grad is not None and (opt.state.get(p) or not opt.stats)]
 
 _ratios = {lamb_step: _lamb_ratio, lars_grad: lars_ratio}

@@ -623,11 +623,12 @@ class Looks(Stat):
     def update(self, p, state, grad_avg, **kwargs): return {**state, 'looked': 1.}
 
 def test_a_stat_that_asks_for_the_state_is_told_where_it_is():
-    says = r"Looks asks for 'grad_avg' in update: it is in the state, take it from there: state\['grad_avg'\]"
-    with pytest.raises(TypeError, match=says): StatefulOptimizer(params(), momentum_step, [AverageGrad(), Looks()], lr=.1)
+    with pytest.raises(TypeError, match=r"Looks asks for 'grad_avg' in update: take it from the state, state\['grad_avg'\]"): StatefulOptimizer(params(), momentum_step, [AverageGrad(), Looks()], lr=.1)
     class Quiet(AverageGrad): keeps = None # it does not say what it keeps: noticed in the first step
     opt = StatefulOptimizer(with_grads(ps := params()), momentum_step, [Quiet(), Looks()], lr=.1)
-    with pytest.raises(TypeError, match=says): opt.step()
+    with pytest.raises(TypeError, match="update.*missing 1 required positional argument: 'grad_avg'") as e: opt.step()
+    assert e.value.__notes__ == ['In the state are grad_avg, looked, mom_damp; hyperparameters are lr, mom. '
+                                 'A stepper gets both by name; a stat takes the first from the state, as state[name].']
 
 class Silent(Stat):
     def init_state(self, p): return {'kept': torch.zeros_like(p)}
@@ -636,12 +637,17 @@ class Silent(Stat):
 def test_names_are_checked_in_the_first_step_where_a_stat_does_not_say_what_it_keeps():
     def uses(p, lr, kept, misspelt, **kwargs): return p
     opt = StatefulOptimizer(with_grads(params()), uses, Silent(), lr=.1)
-    with pytest.raises(TypeError, match="uses needs the hyperparameter 'misspelt': pass misspelt="): opt.step()
+    with pytest.raises(TypeError, match="uses.*missing 1 required positional argument: 'misspelt'") as e: opt.step()
+    assert e.value.__notes__[0].startswith('In the state are kept; hyperparameters are lr.')
     def takes(p, lr, kept, **kwargs): return p
     opt = StatefulOptimizer(with_grads(params()), takes, Silent(), lr=.1, kept=3)
-    with pytest.raises(ValueError, match="'kept' is a name in the state of these parts"): opt.step()
+    with pytest.raises(TypeError, match="takes.*got multiple values for keyword argument 'kept'") as e: opt.step()
+    assert e.value.__notes__[0].startswith('In the state are kept; hyperparameters are lr, kept.')
     def fails(p, lr, kept, **kwargs): return p + 'a' # a TypeError of another kind stays as it is
     with pytest.raises(TypeError, match='unsupported operand|must be Tensor'): StatefulOptimizer(with_grads(params()), fails, Silent(), lr=.1).step()
+    class Clashes(Silent): pass # two that do not say it, and keep the same name
+    with pytest.raises(ValueError, match="Clashes keeps 'kept' in the state, and so does a stat before it"):
+        StatefulOptimizer(with_grads(params()), takes, [Silent(), Clashes()], lr=.1).step()
 
 def test_torch_words_for_decay():
     ps = params()
@@ -733,7 +739,7 @@ def test_parts_that_do_not_fit():
     with pytest.raises(TypeError, match='AverageGrad.*instance'): StatefulOptimizer(params(), momentum_step, AverageGrad, lr=.1)
     with pytest.raises(ValueError, match="'step'.*state"): adam_opt()(params(), lr=.1, step=3)
     class Empty(Stat): pass
-    with pytest.raises(NotImplementedError, match='Empty.init_state'): StatefulOptimizer(params(), sgd_step, Empty(), lr=.1)
+    with pytest.raises(NotImplementedError, match='Empty.init_state'): StatefulOptimizer(with_grads(params()), sgd_step, Empty(), lr=.1).step()
 
 def test_two_stats_of_one_name():
     with pytest.raises(ValueError, match="grad_avg"): StatefulOptimizer(params(), momentum_step, [AverageGrad(), AverageGrad(dampening=True)], lr=.1)
