@@ -10,7 +10,8 @@ from common import machine, results, table
 from dl2lib.batch_warp import AugmentBatch, RandomBrightness, RandomContrast, RandomCrop, RandomFlip, RandomRotate, RandomTilt
 from dl2lib.callbacks import AvgStatsCallback, BatchTransformXCallback, ChannelsLastCallback, CudaCallback, ParamScheduler, accuracy
 from dl2lib.convnet import conv_layer
-from dl2lib.core import default_device, set_seed
+from dl2lib.core import default_device
+from dl2lib.state import set_seed
 from dl2lib.datablock import (CategoryProcessor, ImageList, ResizeFixed, SplitData, grandparent_splitter, label_by_func, make_rgb, norm_imagenette,
                               parent_labeler, to_byte_tensor)
 from dl2lib.learner import get_learner

@@ -14,7 +14,7 @@ from common import interleaved, ratios, save, spread, table
 from dl2lib.callbacks import AvgStatsCallback, BatchTransformXCallback, Callback, ParamScheduler, Recorder, accuracy
 from dl2lib.checkpoints import CheckpointCallback
 from dl2lib.convnet import conv_layer, get_cnn_model, init_cnn
-from dl2lib.core import set_seed
+from dl2lib.state import set_seed
 from dl2lib.datablock import ByteToFloat, DataBunch, Dataset, get_dls, norm_imagenette
 from dl2lib.learner import Learner
 from dl2lib.optimizers import sgd_mom_opt

@@ -41,7 +41,7 @@ def learner():
     from torch import nn
     from torch.nn import functional as F
     from dl2lib.callbacks import AvgStatsCallback, ParamScheduler, Recorder, accuracy
-    from dl2lib.core import set_seed
+    from dl2lib.state import set_seed
     from dl2lib.learner import Learner
     from dl2lib.optimizers import sgd_mom_opt
     from dl2lib.practice import CSVLog, GradientClip, KeepBest

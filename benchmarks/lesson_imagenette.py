@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from common import results, table
 from imagenette import command, fit
 from dl2lib.callbacks import ParamScheduler
-from dl2lib.core import default_device, set_seed, to_device
+from dl2lib.core import default_device, to_device
+from dl2lib.state import set_seed
 from dl2lib.datablock import norm_imagenette
 from dl2lib.lsuv import lsuv_init
 from dl2lib.runner import get_batch

@@ -12,7 +12,7 @@ from common import machine, results, table
 from imagenette import Stop, fit
 from dl2lib.callbacks import AvgStatsCallback, BatchTransformXCallback, ChannelsLastCallback, CudaCallback, ParamScheduler, accuracy
 from dl2lib.convnet import conv_layer
-from dl2lib.core import set_seed
+from dl2lib.state import set_seed
 from dl2lib.datablock import ByteToFloat, norm_imagenette
 from dl2lib.learner import get_learner
 from dl2lib.optimizers import adam_opt, lamb_opt, sgd_mom_opt

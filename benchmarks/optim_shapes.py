@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from common import machine, results, table
 from dl2lib.callbacks import AvgStatsCallback, BatchTransformXCallback, Callback, ChannelsLastCallback, CudaCallback, accuracy
 from dl2lib.convnet import conv_layer, get_cnn_model, init_cnn
-from dl2lib.core import set_seed
+from dl2lib.state import set_seed
 from dl2lib.datablock import (ByteToFloat, CategoryProcessor, ImageList, ResizeFixed, SplitData, grandparent_splitter, label_by_func, make_rgb,
                               norm_imagenette, parent_labeler, to_byte_tensor)
 from dl2lib.datacache import cached

@@ -15,7 +15,8 @@ from common import results, table
 from imagenette import command
 from dl2lib.callbacks import AvgStatsCallback, BatchTransformXCallback, ChannelsLastCallback, CudaCallback, ParamScheduler, accuracy
 from dl2lib.convnet import conv_layer, get_cnn_model, init_cnn
-from dl2lib.core import noop, set_seed
+from dl2lib.core import noop
+from dl2lib.state import set_seed
 from dl2lib.datablock import ByteToFloat, norm_imagenette
 from dl2lib.learner import Learner
 from dl2lib.optimizers import adam_opt

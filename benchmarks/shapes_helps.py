@@ -12,7 +12,7 @@ from PIL.Image import Transpose
 
 from common import save, table
 from dl2lib.convnet import conv_layer, get_cnn_model
-from dl2lib.core import set_seed
+from dl2lib.state import set_seed
 from dl2lib.datablock import Transform
 from dl2lib.datasets import shapes
 from dl2lib.schedules import combine_scheds, cos_1cycle_anneal

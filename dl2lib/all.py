@@ -1,6 +1,7 @@
 """The front door: every public name of every chapter, in the chapters' order. Written by hand, not exported."""
 from torch import tensor  # code of the lesson uses it bare
 
+from dl2lib.state import *
 from dl2lib.core import *
 from dl2lib.safefile import *
 from dl2lib.datasets import *

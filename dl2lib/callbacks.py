@@ -14,7 +14,8 @@ from contextlib import ExitStack, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from .core import camel2snake, compose, default_device, draws_nothing, listify, preserve_rng, seed_cpu, to_device
+from .core import camel2snake, compose, default_device, listify, to_device
+from .state import draws_nothing, preserve_rng, seed_cpu
 from .schedules import sched_exp
 
 # %% ../nbs/04_callbacks.ipynb #04_callbacks-021

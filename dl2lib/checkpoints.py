@@ -6,10 +6,9 @@
 __all__ = ['StateFileError', 'save_checkpoint', 'unfinished', 'load_checkpoint', 'CheckpointCallback']
 
 # %% ../nbs/09e_checkpoints.ipynb #09e_checkpoints-002
-import errno, hashlib, io, json, math, os, pickle, random, re, signal, struct, sys, threading, time
+import errno, hashlib, io, json, math, os, pickle, signal, struct, sys, threading, time
 from collections import OrderedDict
 from contextlib import contextmanager, suppress
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 
 from . import __version__
 from .callbacks import Callback, CancelEpochException, CancelTrainException, _generators
-from .core import interrupt_later, listify, noop
+from .core import describe, listify, noop
+from .state import interrupt_later, rng_state, set_rng_state
 from .datablock import LabeledData, Paths, _dataset, _vocab, _warn
 from .learner import Learner
 
@@ -177,22 +177,6 @@ def read_state(path,      # file that `write_state` has written
         remedy = f'the one before it is {prev}' if prev.exists() else 'there is none before it: take another file'
         raise StateFileError(f'{path}: {e}; {remedy}') from e
 
-# %% ../nbs/09e_checkpoints.ipynb #09e_checkpoints-032
-def _rng_state()->dict: # of all global generators, as plain data
-    kind, keys, *rest = np.random.get_state()
-    return dict(python=random.getstate(), numpy=(kind, keys.tolist(), *rest), torch=torch.get_rng_state(),
-                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-                mps=torch.mps.get_rng_state() if torch.backends.mps.is_available() else None)
-
-
-def _set_rng_state(s):
-    random.setstate(s['python'])
-    np.random.set_state((s['numpy'][0], np.array(s['numpy'][1], dtype=np.uint32), *s['numpy'][2:]))
-    torch.set_rng_state(s['torch'])
-    if s['cuda'] and torch.cuda.is_available():
-        for i, o in enumerate(s['cuda'][:torch.cuda.device_count()]): torch.cuda.set_rng_state(o, i)
-    if s['mps'] is not None and torch.backends.mps.is_available(): torch.mps.set_rng_state(s['mps'])
-
 # %% ../nbs/09e_checkpoints.ipynb #09e_checkpoints-035
 def _model_state(model)->dict: # all tensors and flags of a module
     sd = model.state_dict()
@@ -248,17 +232,6 @@ def _set_callbacks(there, learn):
             raise
 
 # %% ../nbs/09e_checkpoints.ipynb #09e_checkpoints-040
-def _say(o, depth=0)->str: # a function, an object, a list of them: in words that are the same in another process
-    if isinstance(o, partial): return f'{_say(o.func)}({", ".join([*map(_say, o.args), *(f"{k}={_say(v)}" for k, v in o.keywords.items())])})'
-    if isinstance(o, (list, tuple)): return f'[{", ".join(_say(v, depth+1) for v in o[:100])}]'
-    if o is None or isinstance(o, (str, bool, int, float)): return str(o)
-    if isinstance(o, nn.Module): return re.sub(r' at 0x[0-9a-f]+', '', repr(o))
-    if hasattr(o, '__qualname__'): return o.__qualname__
-    if isinstance(o, (Tensor, np.ndarray)) or depth > 3: return type(o).__name__
-    made = {k: v for k, v in getattr(o, '__dict__', {}).items() if not k.startswith('_') and not isinstance(v, dict)}
-    return f'{type(o).__name__}({", ".join(f"{k}={_say(v, depth+1)}" for k, v in made.items())})'
-
-
 def _digest(o, root='')->str: # of a sequence of names or numbers, or of an array: 64 bits, as text
     if isinstance(o, Paths): o = o.strs
     if isinstance(o, (Tensor, np.ndarray)):
@@ -273,7 +246,7 @@ def _contents(ds)->dict: # what a dataset is made of, as far as it can be known
     x, y = (getattr(ds, k, None) for k in 'xy')
     x = getattr(x, 'uncached', x)
     if isinstance(ds, LabeledData):
-        return dict(names=_digest(x.items, str(x.path)), labels=_digest(ds.y.items), vocabulary=list(map(str, _vocab(ds) or [])), transforms=_say(listify(x.tfms)))
+        return dict(names=_digest(x.items, str(x.path)), labels=_digest(ds.y.items), vocabulary=list(map(str, _vocab(ds) or [])), transforms=describe(listify(x.tfms)))
     parts = dict(inputs=x, targets=y) if x is not None else {f'tensor {i}': o for i, o in enumerate(getattr(ds, 'tensors', ()))}
     return {k: _digest(o) for k, o in parts.items() if isinstance(o, (Tensor, np.ndarray)) or o and isinstance(o[0], (str, int, float))}
 
@@ -287,9 +260,9 @@ def _describe_dl(dl)->dict: # a loader, and what it loads
 
 def _describe(learn)->dict: # what has to be the same, in words and numbers
     opt, data = learn.opt, learn.data
-    parts = f'({_say(opt.all_parts)})' if hasattr(opt, 'all_parts') else ''
-    res = dict(dl2lib=__version__, model=_say(learn.model).split('\n'), loss=_say(learn.loss_func), optimizer=f'{type(opt).__name__}{parts}')
-    res |= {k: _say(v) for k, v in opt.defaults.items() if k != 'differentiable'} | dict(lr=_say(learn.lr)) # (torch adds that one when it loads a state)
+    parts = f'({describe(opt.all_parts)})' if hasattr(opt, 'all_parts') else ''
+    res = dict(dl2lib=__version__, model=describe(learn.model).split('\n'), loss=describe(learn.loss_func), optimizer=f'{type(opt).__name__}{parts}')
+    res |= {k: describe(v) for k, v in opt.defaults.items() if k != 'differentiable'} | dict(lr=describe(learn.lr)) # (torch adds that one when it loads a state)
     for part, dl in ('training', data.train_dl), ('validation', data.valid_dl): res |= {f'{k} of {part}': v for k, v in _describe_dl(dl).items()}
     return res
 
@@ -320,7 +293,7 @@ def _training_state(learn, what, epoch, batch)->dict: # all that counts
                 loss=_model_state(learn.loss_func) if module else None, opt=learn.opt.state_dict(),
                 grads={n: p.grad for n, p in learn.model.named_parameters() if p.grad is not None},
                 callbacks={k: dict(type=type(cb).__name__, state=cb.state_dict()) for k, cb in _named(learn).items()},
-                loaders=[_loader_state(dl) for dl in _loaders(learn)], rng=_rng_state())
+                loaders=[_loader_state(dl) for dl in _loaders(learn)], rng=rng_state())
 
 
 def save_checkpoint(learn:Learner,
@@ -399,7 +372,7 @@ class _Start:
 
     def restore(self, loop): # before an epoch
         self.set_state(loop)
-        _set_rng_state(self.state['rng'])
+        set_rng_state(self.state['rng'])
 
     def go_on(self, loop): # within the training of an epoch: iterator of the batches that are left
         self.set_state(loop)
@@ -407,7 +380,7 @@ class _Start:
         if not hasattr(loop.dl, 'state_dict') and self.batch < loop.iters:
             _warn(f'{type(loop.dl).__name__} is no loader of dl2lib: its first {self.batch} batches are skipped, and the others may not be those of before')
             for _ in range(self.batch): next(left)
-        _set_rng_state(self.state['rng']) # last: to begin a run through a foreign loader draws random numbers
+        set_rng_state(self.state['rng']) # last: to begin a run through a foreign loader draws random numbers
         return left
 
 
@@ -417,7 +390,7 @@ def _go_on(learn, epochs, path): # `fit(epochs, resume=path)`
     if state['epoch'] is None:
         print(f'{path}: all {epochs} epochs are done, nothing is left to do')
         _set_state(learn, state)
-        return _set_rng_state(state['rng']) # as after a fit that was not killed between its last checkpoint and its end
+        return set_rng_state(state['rng']) # as after a fit that was not killed between its last checkpoint and its end
     within = f', and {state["batch"]} of the {len(learn.data.train_dl)} batches of the next' if state['batch'] else ''
     print(f'{path}: going on. {state["epoch"]} of {epochs} epochs are done{within}')
     learn.run_epochs(epochs, _Start(path, state))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F, init
 
-from .core import Table, listify, preserve_mode, preserve_rng, to_device, uniqueify
+from .core import Table, listify, to_device, uniqueify
+from .state import preserve_mode, preserve_rng
 from .hooks import Hooks, find_modules, is_lin_layer
 from .runner import get_batch, get_runner
 

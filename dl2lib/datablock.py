@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler, default_collate
 
-from .core import ListContainer, Table, compose, draws_nothing, interrupt_later, listify, noop, preserve_rng, seed_cpu, setify, uniqueify
+from .core import ListContainer, Table, compose, describe, listify, noop, setify, uniqueify
+from .state import draws_nothing, interrupt_later, preserve_rng, seed_cpu
 
 # %% ../nbs/08_datablock.ipynb #08_datablock-010
 if not hasattr(Path, 'ls'): Path.ls = lambda self: sorted(self.iterdir())
@@ -375,26 +376,21 @@ def random_splitter(fn,          # a path, or anything whose `repr` says what it
     return _hash(fn, seed) < p_valid*2**64
 
 # %% ../nbs/08_datablock.ipynb #08_datablock-088
-def _named(f): # how a function is called in a message
-    if not isinstance(f, partial): return getattr(f, '__name__', repr(f))
-    return f'{_named(f.func)}({", ".join([*map(repr, f.args), *(f"{k}={v!r}" for k, v in f.keywords.items())])})'
-
-
 def _call(f, o, what): # for an item; what fails is named
     try: return f(o)
-    except Exception as e: raise ValueError(f'{what}: {_named(f)} on {_short(o)}: {type(e).__name__}: {e}') from e
+    except Exception as e: raise ValueError(f'{what}: {describe(f)} on {_short(o)}: {type(e).__name__}: {e}') from e
 
 
 def _side(f, o, side): # checked: True, False or None
     if getattr(side, 'ndim', None) == 0: side = side.item() # of a tensor or an array
     if side is None or isinstance(side, (bool, int)) and side in (0, 1): return side
-    raise ValueError(f'splitting: {_named(f)} gave {side!r} for {_short(o)}: it has to be True (validation), False (training) or None')
+    raise ValueError(f'splitting: {describe(f)} gave {side!r} for {_short(o)}: it has to be True (validation), False (training) or None')
 
 
 def _sides(f, items): # of each
     if not hasattr(f, 'sides'): return (_side(f, o, _call(f, o, 'splitting')) for o in items)
     sides = list(f.sides(items))
-    if len(sides) != len(items): raise ValueError(f'splitting: {_named(f)} gave {len(sides)} sides for {len(items)} items')
+    if len(sides) != len(items): raise ValueError(f'splitting: {describe(f)} gave {len(sides)} sides for {len(items)} items')
     return (_side(f, o, side) for o, side in zip(items, sides))
 
 
@@ -409,7 +405,7 @@ def split_by_func(items, # a sequence
     for i, side in enumerate(_sides(f, items)): sides[side].append(i)
     for side, name in (False, 'training'), (True, 'validation'):
         if sides[side]: continue
-        raise ValueError(f'splitting: {_named(f)} puts none of {len(items)} items on the {name} side; {_counts(items, sides)}')
+        raise ValueError(f'splitting: {describe(f)} puts none of {len(items)} items on the {name} side; {_counts(items, sides)}')
     lost = _take(items, sides[None])
     if lost: _warn(f'{len(lost)} of {len(items)} items are on neither side and left out: {_some(lost)}')
     return _take(items, sides[False]), _take(items, sides[True])
@@ -574,14 +570,14 @@ class ColumnLabeler:
 # %% ../nbs/08_datablock.ipynb #08_datablock-105
 def _label(f, o, label): # checked
     if label is None or isinstance(label, float) and math.isnan(label):
-        raise ValueError(f'labelling: {_named(f)} gives no label for {_short(o)}, but {label}')
+        raise ValueError(f'labelling: {describe(f)} gives no label for {_short(o)}, but {label}')
     return label
 
 
 def _labels(f, items)->list: # of each, by a function of an item, or by what sees the whole list
     if not hasattr(f, 'labels'): return [_label(f, o, _call(f, o, 'labelling')) for o in items]
     labels = list(f.labels(items))
-    if len(labels) != len(items): raise ValueError(f'labelling: {_named(f)} gave {len(labels)} labels for {len(items)} items')
+    if len(labels) != len(items): raise ValueError(f'labelling: {describe(f)} gave {len(labels)} labels for {len(items)} items')
     return [_label(f, o, label) for o, label in zip(items, labels)]
 
 # %% ../nbs/08_datablock.ipynb #08_datablock-108
@@ -1064,7 +1060,7 @@ def _by_stages(rows, o, stages, mark): # runs `o` through (name, function)s, wit
 def _stages(il, procs): # from what stood before the processors to a sample
     def ordered(fs): return sorted(listify(fs), key=lambda f: getattr(f, '_order', 0))
     get = [] if type(il).get is ItemList.get else [('get', il.get)]
-    return [(type(p).__name__, p.proc1) for p in ordered(procs)] + get + [(_named(f), f) for f in ordered(il.tfms)]
+    return [(type(p).__name__, p.proc1) for p in ordered(procs)] + get + [(describe(f), f) for f in ordered(il.tfms)]
 
 # %% ../nbs/08_datablock.ipynb #08_datablock-173
 def explain(x,         # an item list, labelled or split data (of which the training side), or a DataBunch

@@ -20,8 +20,9 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from .core import draws_nothing, listify, preserve_rng
-from .datablock import (ImageList, ItemList, LabeledData, SplitData, _check_pixels, _name_culprit, _named, _printable, _short, _warn,
+from .core import describe, listify
+from .state import draws_nothing, preserve_rng, rng_state, same_rng_state
+from .datablock import (ImageList, ItemList, LabeledData, SplitData, _check_pixels, _name_culprit, _printable, _short, _warn,
                               make_rgb, open_image, open_plain)
 from .datasets import data_dir
 
@@ -139,14 +140,8 @@ class _Writer: # of a cache's file: records, then the index, and last the head
         self.write(head + struct.pack('<I', zlib.crc32(head)))
 
 # %% ../nbs/engine/08_datacache.ipynb #08_datacache-033
-def _rng_state(): # of the global generators, to be compared
-    _, keys, *rest = np.random.get_state()
-    return random.getstate(), keys.tobytes(), tuple(rest), torch.get_rng_state().numpy().tobytes()
-
-
-def _name(f): # of a transform, in words
-    if isinstance(f, functools.partial) or hasattr(f, '__name__'): return _named(f)
-    return type(f).__name__ if type(f).__repr__ is object.__repr__ else _short(' '.join(repr(f).split()))
+def _moved(before): # whether a generator of the CPU has been used since `before`, from `rng_state`
+    return not same_rng_state(before, rng_state(devices=False))
 
 
 def _declared(f): # what a transform, or the function in a partial, says of itself: True, False, or None
@@ -171,10 +166,10 @@ def _run(f, xs, items)->list: # on each; what fails names its item
 
 def _trial(f, xs, items, declared=None): # what `f` gives for each; None, if it draws random numbers or gives something else the second time
     if declared: return None
-    before, storable = _rng_state(), [_pack(x) is not None for x in xs]
+    before, storable = rng_state(devices=False), [_pack(x) is not None for x in xs]
     first = _run(f, [_twin(x) if ok else x for x, ok in zip(xs, storable)], items)
-    moved = _rng_state() != before
-    if moved and declared is False: raise CacheError(f'{_name(f)} says random = False, but it draws random numbers')
+    moved = _moved(before)
+    if moved and declared is False: raise CacheError(f'{_short(describe(f))} says random = False, but it draws random numbers')
     if moved: return None
     if declared is False or not all(storable): return first
     second = _run(f, xs, items)
@@ -340,7 +335,7 @@ class _Plan: # what of an item list is covered, by what key, and how large it wi
         for f in fs:
             ys = _trial(f, xs, self.items, _declared(f))
             if ys is None: break
-            try: keys.append(keyer.key(f, _name(f)))
+            try: keys.append(keyer.key(f, describe(f).partition('(')[0]))
             except _OwnGenerator: break
             self.covered.append(f)
             xs = ys
@@ -351,11 +346,11 @@ class _Plan: # what of an item list is covered, by what key, and how large it wi
         self.size, self.exact = max(sum(sizes)/len(sizes), 1), len(set(sizes)) == 1 # bytes of an item
 
     @property
-    def get_name(self): return _name(self.il.decoder) if isinstance(self.il, ImageList) else f'{type(self.il).__name__}.get'
+    def get_name(self): return describe(self.il.decoder) if isinstance(self.il, ImageList) else f'{type(self.il).__name__}.get'
 
     def _get(self):
-        before, xs = _rng_state(), _run(self.il.get, self.items, self.items)
-        if _rng_state() == before: return xs
+        before, xs = rng_state(devices=False), _run(self.il.get, self.items, self.items)
+        if not _moved(before): return xs
         raise CacheError(f'{self.get_name} draws random numbers: what it gives cannot be cached')
 
     def _get_key(self, keyer):
@@ -370,19 +365,19 @@ class _Plan: # what of an item list is covered, by what key, and how large it wi
         if (res := _pack(x)) is not None: return res
         what = f'a PIL image of mode {x.mode}' if isinstance(x, PIL.Image.Image) else f'a {type(x).__name__}'
         remedy = 'put make_rgb before' if isinstance(x, PIL.Image.Image) else 'end with to_byte_tensor, or with a plain tensor on the CPU'
-        raise CacheError(f'{_short(o)}: {([self.get_name] + list(map(_name, self.covered)))[-1]} gives {what}, which cannot be cached: {remedy}')
+        raise CacheError(f'{_short(o)}: {([self.get_name] + list(map(describe, self.covered)))[-1]} gives {what}, which cannot be cached: {remedy}')
 
     def make(self, s:str)->tuple: # of a path: as `pack`
         return self.pack(s, self.source._get(self.item(s)))
 
     def find_drawer(self, strs)->None: # raises, when it is found
         "One by one: which transform has drawn?"
-        stages = [(self.get_name, self.source.get), *((_name(f), f) for f in self.covered)]
+        stages = [(self.get_name, self.source.get), *((_short(describe(f)), f) for f in self.covered)]
         for s in strs:
-            x, before = self.item(s), _rng_state()
+            x, before = self.item(s), rng_state(devices=False)
             for name, f in stages:
                 x = f(x)
-                if _rng_state() == before: continue
+                if not _moved(before): continue
                 raise CacheError(f'{name} draws random numbers, if not for every item: it did for {_printable(s)}. A transform with the '
                                  'attribute random = True is left out of the cache, and so is what comes after it')
 
@@ -392,9 +387,9 @@ def _fill(out:_Writer, plan:_Plan, strs, threads): # all items, in order, some 6
     step = min(max(int(2**26//plan.size), threads), 256)
     with ThreadPoolExecutor(threads) as pool:
         for i in range(0, len(strs), step):
-            before, chunk = _rng_state(), strs[i:i+step]
+            before, chunk = rng_state(devices=False), strs[i:i+step]
             out.add(list(pool.map(plan.make, chunk)))
-            if _rng_state() != before: plan.find_drawer(chunk) # finds nobody, if it was another part of the program
+            if _moved(before): plan.find_drawer(chunk) # finds nobody, if it was another part of the program
 
 # %% ../nbs/engine/08_datacache.ipynb #08_datacache-062
 def _is_at(f, path):
@@ -549,7 +544,7 @@ class CachedList(ItemList):
 
     def __repr__(self):
         left = sorted(listify(self.tfms), key=lambda f: getattr(f, '_order', 0))
-        return (f'{super().__repr__()}\nCached: {", ".join(self.names)}\nLeft: {", ".join(map(_name, left)) or "nothing"}\n'
+        return (f'{super().__repr__()}\nCached: {", ".join(self.names)}\nLeft: {", ".join(map(describe, left)) or "nothing"}\n'
                 f'File: {_printable(self.file.path)}')
 
 # %% ../nbs/engine/08_datacache.ipynb #08_datacache-072
@@ -579,7 +574,7 @@ def cached(x,            # an `ItemList` of files, `LabeledData`, or `SplitData`
         plans = [_Plan(il.uncached if isinstance(il, CachedList) else il) for il in _lists(x)]
         for p in plans: groups.setdefault(p.key, []).append(p)
         files = {k: _cache_file(ps[0], chain.from_iterable(getattr(p.il.items, 'strs', p.il.items) for p in ps), folder, threads) for k, ps in groups.items()}
-    lists = [CachedList(p.il.items, p.il.path, p.left, files[p.key], p.il.new([]), [p.get_name, *map(_name, p.covered)]) for p in plans]
+    lists = [CachedList(p.il.items, p.il.path, p.left, files[p.key], p.il.new([]), [p.get_name, *map(describe, p.covered)]) for p in plans]
     return _with_lists(x, lists)
 
 # %% ../nbs/engine/08_datacache.ipynb #08_datacache-085

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .callbacks import Callback
-from .core import ListContainer, Table, interrupt_later, listify
+from .core import ListContainer, Table, listify
+from .state import interrupt_later
 
 # %% ../nbs/06_hooks.ipynb #06_hooks-019
 class Hook:

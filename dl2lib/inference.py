@@ -24,9 +24,10 @@ from . import __version__
 from .callbacks import BatchTransformXCallback, ChannelsLastCallback, CudaCallback
 from .checkpoints import StateFileError, read_state, write_state
 from .convnet import ConvLayer, GeneralRelu, _view, conv_layer, flatten
-from .core import Table, compose, default_device, draws_nothing, listify, preserve_rng, seed_cpu, to_device
+from .core import Table, compose, default_device, describe, listify, to_device
+from .state import draws_nothing, preserve_rng, seed_cpu
 from .datablock import (CategoryProcessor, DataBunch, Dataset, ImageList, ItemList, LabeledData, MultiCategoryProcessor, SeededDataLoader,
-                              Transform, _named, collate, show_image)
+                              Transform, collate, show_image)
 from .learner import Learner, _kept, _labelled, _read_scores, _sample
 from .practice import MixedPrecision
 
@@ -387,8 +388,7 @@ def _part(o, at, owns): # its description; of one that the library does not know
         if _describe(_build(d, None), at) == d and not (isinstance(o, nn.Module) and o.state_dict()): return d
     except (_Unknown, ValueError): pass
     owns.append(o)
-    shown = _named(o) if isinstance(o, (partial, FunctionType)) or type(o).__repr__ is not object.__repr__ else type(o).__name__
-    return {'own': _own_name(o), 'shown': shown, 'module': _kind(o.func if isinstance(o, partial) else o).rpartition(' ')[2]}
+    return {'own': _own_name(o), 'shown': describe(o), 'module': _kind(o.func if isinstance(o, partial) else o).rpartition(' ')[2]}
 
 
 class _OwnParts: # the user's own transforms, which are handed out by name

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from .callbacks import AvgStatsCallback, Callback, CancelBatchException, TrainEvalCallback, preserve_order
 from .convnet import get_cnn_model, init_cnn, model_summary
-from .core import compose, interrupt_later, listify, noop, preserve_rng
+from .core import compose, listify, noop
+from .state import interrupt_later, preserve_rng
 from .datablock import ImageList, LabeledData, MultiCategoryProcessor, collate
 from .optimizers import sgd_opt
 from .runner import TrainLoop

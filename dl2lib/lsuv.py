@@ -6,18 +6,18 @@
 __all__ = ['lsuv_init', 'lsuv_module']
 
 # %% ../nbs/07a_lsuv.ipynb #07a_lsuv-002
-import math, random
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from numbers import Number
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .core import ListContainer, Table, listify, preserve_mode, preserve_rng, to_device
+from .core import ListContainer, Table, listify, to_device
+from .state import preserve_mode, preserve_rng, rng_state, set_rng_state
 from .hooks import find_modules, is_lin_layer
 
 # %% ../nbs/07a_lsuv.ipynb #07a_lsuv-021
@@ -167,14 +167,6 @@ class _CurvedLayer(_Layer):
         if self.fine is not None: self.fine.copy_(_diffused(self.fine0.float() + self.nudge, self.fine.dtype))
 
 # %% ../nbs/07a_lsuv.ipynb #07a_lsuv-039
-def _rng_state(t:Tensor)->tuple: # of every generator that a layer on the device of `t` may draw from
-    cuda = torch.cuda.get_rng_state(t.device) if t.device.type == 'cuda' else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-def _set_rng_state(t:Tensor, state):
-    random.setstate(state[0]); np.random.set_state(state[1]); torch.set_rng_state(state[2])
-    if state[3] is not None: torch.cuda.set_rng_state(state[3], t.device)
-
 def _cloned(args, kwargs): # a layer may change its input in place
     c = lambda o: o.clone() if isinstance(o, Tensor) else o
     return tuple(map(c, args)), {k: c(v) for k, v in kwargs.items()}
@@ -223,13 +215,13 @@ class _Passes:
         self.forwards += 1
 
     def enter(self, l, mod, args, kwargs): # before a layer that may draw random numbers or change its input: what it starts from
-        if l.site is not l.m or isinstance(l, _CurvedLayer): l.entry = _rng_state(l.w), *_cloned(args, kwargs)
+        if l.site is not l.m or isinstance(l, _CurvedLayer): l.entry = rng_state(), *_cloned(args, kwargs)
 
     def again(self, l, args, kwargs):
         "Run a layer again, on the input and from the random state that it had."
         torch.clear_autocast_cache()
         if l.entry is None: return l.site.forward(*args, **kwargs)
-        _set_rng_state(l.w, l.entry[0])
+        set_rng_state(l.entry[0])
         args, kwargs = _cloned(*l.entry[1:])
         return l.site.forward(*args, **kwargs)
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .callbacks import (AvgStatsCallback, Callback, CancelStepException, CancelTrainException, LR_Find, Recorder, preserve_training,
                               events)
-from .core import Table, compose, listify, noop, preserve_rng
+from .core import Table, compose, listify, noop
+from .state import preserve_rng
 from .hooks import Hooks
 from .learner import Learner
 from .runner import TrainLoop

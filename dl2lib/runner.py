@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from .callbacks import (Callback, CancelBatchException, CancelEpochException, CancelStepException, CancelTrainException, TrainEvalCallback,
                               check_event, events, print_row)
-from .core import interrupt_later, listify
+from .core import listify
+from .state import interrupt_later
 
 # %% ../nbs/04b_runner.ipynb #04b_runner-009
 @dataclass

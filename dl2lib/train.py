@@ -18,7 +18,8 @@ from .callbacks import (AvgStatsCallback, BatchTransformXCallback, ChannelsLastC
                               Recorder, accuracy)
 from .checkpoints import CheckpointCallback, unfinished
 from .convnet import conv_layer, get_cnn_model, init_cnn
-from .core import default_device, set_seed, to_device
+from .core import default_device, to_device
+from .state import set_seed
 from .datablock import (ByteToFloat, CategoryProcessor, DataBunch, ImageList, ResizeFixed, SplitData, grandparent_splitter,
                               label_by_func, make_rgb, norm_imagenette, parent_labeler, random_splitter, to_byte_tensor)
 from .datacache import cached

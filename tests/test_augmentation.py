@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dl2lib.augmentation import (CenterCrop, GeneralCrop, PilRandomDihedral, PilRandomFlip, PilTiltRandomCrop, PilTransform, RandomResizedCrop,
                                  affine_batch, default_crop_size, find_coeffs, find_homographies, homography_grid, np_to_float, process_sz,
                                  rotate_batch, rotation_matrix, sample_grid, uniform, warp, warp_batch)
-from dl2lib.core import draws_nothing
+from dl2lib.state import draws_nothing
 from dl2lib.datablock import Dataset, ItemList, get_dls, to_byte_tensor, to_float_tensor
 
 np = pytest.importorskip('numpy')

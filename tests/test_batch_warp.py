@@ -20,7 +20,7 @@ from dl2lib.batch_warp import (AugmentBatch, AugmentCallback, RandomBrightness, 
                                fit_matrix, flip_matrix, mix_targets, move_points, random_boxes, recolour, saturation_matrix,
                                shear_matrix, shrink_factors, tilt_matrix, triangle_taps, zoom_matrix)
 from dl2lib.callbacks import BatchTransformXCallback, Callback, Recorder
-from dl2lib.core import draws_nothing, set_seed
+from dl2lib.state import draws_nothing, set_seed
 from dl2lib.datablock import ByteToFloat, Dataset, get_dls, norm_imagenette
 from dl2lib.learner import Learner
 from dl2lib.practice import lr_find

@@ -16,7 +16,7 @@ from dl2lib import checkpoints as mod
 from dl2lib.callbacks import (AvgStatsCallback, BatchTransformXCallback, Callback, CancelBatchException, CancelEpochException, CancelTrainException, ChannelsLastCallback,
                               CudaCallback, ParamScheduler, Recorder, accuracy)
 from dl2lib.checkpoints import CheckpointCallback, StateFileError, load_checkpoint, read_state, save_checkpoint, unfinished, write_state
-from dl2lib.core import set_seed
+from dl2lib.state import set_seed
 from dl2lib.datablock import CategoryProcessor, DataBunch, Dataset, ItemList, SplitData, get_dls, label_by_func
 from dl2lib.hooks import ActivationStats
 from dl2lib.learner import Learner
@@ -171,7 +171,7 @@ def never_killed(tmp_path_factory):
 # The file
 
 STATES = dict(empty={}, numbers=dict(a=1, b=-2**80, c=1.5, d=float('inf'), e=True, f=None, g=1+2j), text=dict(a='ä\n', b=b'\x00\xff', c=''),
-              nested=dict(a=[1, (2, [3, ()]), {}], b={1: {2.5: {None: {('x', 1): 'deep'}}}}), generators=mod._rng_state(),
+              nested=dict(a=[1, (2, [3, ()]), {}], b={1: {2.5: {None: {('x', 1): 'deep'}}}}), generators=mod.rng_state(),
               tensors={str(d): torch.tensor([0, 1, 2]).to(d) for d in (torch.uint8, torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.float64, torch.complex64)},
               shapes=dict(a=torch.tensor(3.), b=torch.zeros(0, 3), c=torch.arange(24.).view(2, 3, 2, 2).contiguous(memory_format=torch.channels_last), d=torch.arange(6).view(2, 3).t()),
               nan=dict(a=torch.tensor([float('nan'), -0.])))

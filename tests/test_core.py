@@ -1,5 +1,6 @@
 "core: properties, bad input, and what a caller must find as it was left, also after an error."
-import collections, itertools, os, pickle, random, re, signal, subprocess, sys, threading
+import collections, itertools, os, pickle, random, re, subprocess, sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,8 @@ import torch
 from torch import nn
 
 from dl2lib import core
-from dl2lib.core import (ListContainer, camel2snake, compose, default_device, interrupt_later, listify, noop, preserve_mode, preserve_rng, set_seed,
-                         setify, to_device, uniqueify)
+from dl2lib.core import (ListContainer, camel2snake, compose, default_device, describe, listify, noop, setify, to_device,
+                         uniqueify)
 
 has_cuda = torch.cuda.is_available()
 cuda = [pytest.mark.cuda, pytest.mark.skipif(not has_cuda, reason='needs CUDA')]
@@ -17,9 +18,6 @@ cuda = [pytest.mark.cuda, pytest.mark.skipif(not has_cuda, reason='needs CUDA')]
 
 def fresh(code): # what `code` prints in a process of its own
     return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, timeout=120, cwd=Path(core.__file__).parents[1]).stdout.strip()
-
-def draws(): return random.random(), np.random.rand(), torch.rand(()).item()
-
 
 @pytest.fixture
 def dropout(): return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 2)))
@@ -224,6 +222,45 @@ def test_noop():
     assert noop(x, 1, a=2) is x and noop() is None and pickle.loads(pickle.dumps(noop)) is noop
 
 
+# words
+
+class Resize:
+    def __init__(self, size): self.size, self._private, self.cache = size, 1, {1: object()}
+    def __call__(self, x): return x
+
+def local():
+    def inner(): pass
+    return inner
+
+THINGS = '[Resize(64), partial(np.flip, axis=1), partial(partial(sorted, key=len), reverse=True), len, np.sin, Resize, Resize.__init__, nn.ReLU(), '\
+         'torch.float16, torch.device("cpu"), Path("a/b"), {"x", "y", "z"}, {"lr": .1, 2: None}, "text", b"bytes", torch.Generator(), object(), lambda x: x, local()]'
+
+def test_describe_gives_the_same_words_in_every_process():
+    code = f'from test_core import *; print(describe({THINGS}))'
+    said = {subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, timeout=120, cwd=Path(__file__).parent,
+                           env={**os.environ, 'PYTHONHASHSEED': seed, 'PYTHONPATH': str(Path(core.__file__).parents[1])}).stdout.strip() for seed in '123'}
+    assert len(said) == 1 and '0x' not in said.pop()
+
+@pytest.mark.parametrize('o, words', [
+    (Resize(64), 'Resize(size=64)'), (Resize, 'Resize'), (Resize.__init__, 'Resize.__init__'), (local(), 'inner'), (lambda x: x, '<lambda>'), (len, 'len'),
+    (partial(np.flip, axis=1), 'flip(axis=1)'), (partial(sorted, [2, 1], key=len), 'sorted([2, 1], key=len)'), (partial(Resize(3), 1), 'Resize(size=3)(1)'),
+    ([1, 'a', None, (True, 2.5)], "[1, 'a', None, [True, 2.5]]"), ({'a': Resize(1)}, "{'a': Resize(size=1)}"), ({3, 1}, '{1, 3}'), (object(), 'object()'),
+    (torch.zeros(2, 3), 'Tensor (2, 3)'), (np.zeros(4), 'ndarray (4,)'), (nn.Linear(2, 3), repr(nn.Linear(2, 3))), (Resize(Resize([1])), 'Resize(size=Resize(size=[1]))')])
+def test_describe(o, words): assert describe(o) == words
+
+def test_describe_tells_what_differs():
+    words = [describe(o) for o in (Resize(1), Resize(2), Resize('1'), partial(len), partial(sorted, key=len), partial(sorted, key=abs), [Resize(1)], (Resize(1), 2))]
+    assert len(set(words)) == len(words)
+
+def test_describe_comes_to_an_end():
+    ring = [1]
+    ring.append(ring)
+    me = Resize(3)
+    me.size = [me]
+    assert describe(ring) == '[1, [1, [1, [1, list]]]]' and describe(me) == 'Resize(size=[Resize(size=[Resize])])'
+    assert len(describe(list(range(10_000)))) < 500
+
+
 # devices
 
 def test_default_device():
@@ -288,191 +325,6 @@ def test_to_device_keeps_gradients():
     assert w.grad.tolist() == [2, 2]
 
 
-# randomness
-
-@pytest.mark.parametrize('seed', [0, 42, 2**32-1, np.int64(7), torch.tensor(7)])
-def test_set_seed(seed):
-    set_seed(seed); a = draws()
-    set_seed(seed); assert draws() == a != draws()
-    assert torch.initial_seed() == int(seed)
-    set_seed(int(seed)+1 if seed < 100 else 1); assert draws() != a
-
-@pytest.mark.parametrize('seed', [-1, 2**32, 0.5, '1', None, [1]])
-def test_bad_seed(seed):
-    set_seed(42); expected = draws()
-    set_seed(42)
-    with pytest.raises(ValueError, match=re.escape(f'seed={seed!r} must be a whole number from 0 to 2**32-1')): set_seed(seed)
-    assert draws() == expected, 'a refused seed changed a generator'
-
-def test_deterministic():
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    try:
-        set_seed(42); assert torch.are_deterministic_algorithms_enabled() == before[0]
-        set_seed(42, deterministic=True); assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
-    finally: torch.use_deterministic_algorithms(before[0]); torch.backends.cudnn.benchmark = before[1]
-
-@pytest.mark.parametrize('on_device', [True, False])
-@pytest.mark.parametrize('inside', [draws, lambda: set_seed(0), lambda: [draws() for _ in range(1000)], lambda: (set_seed(3), draws()), lambda: 1/0,
-                                    lambda: (torch.randn(3), np.random.randn(3), random.gauss(0, 1))], # half a pair of normals is state too
-                         ids=['draw', 'seed', 'many', 'both', 'raise', 'normal'])
-def test_preserve_rng(inside, on_device):
-    set_seed(42); draws(); torch.randn(3); random.gauss(0, 1); np.random.randn(1)
-    def after(): return draws(), random.gauss(0, 1), np.random.randn(2).tolist(), torch.randn(20).tolist(), torch.initial_seed()
-    with preserve_rng(on_device): expected = after()
-    try:
-        with preserve_rng(on_device): inside()
-    except ZeroDivisionError: pass
-    assert after() == expected
-
-def test_preserve_rng_nests_and_decorates():
-    set_seed(42); expected = draws()
-    set_seed(42)
-    @preserve_rng()
-    def look():
-        with preserve_rng(): inner = draws()
-        assert draws() == inner
-        return inner
-    assert look() == expected == draws()
-
-def test_preserve_rng_does_not_swallow_errors():
-    with pytest.raises(KeyError, match='mine'):
-        with preserve_rng(): raise KeyError('mine')
-
-def test_preserve_rng_starts_no_device():
-    assert fresh('import torch; from dl2lib.core import *\nwith preserve_rng(): torch.rand(2)\nprint(torch.cuda.is_initialized())') == 'False'
-
-def test_a_seed_that_waits_for_cuda_is_put_back(monkeypatch): # torch keeps the seed for a CUDA that was not yet started
-    calls = []
-    set_seed(42)
-    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: False)
-    monkeypatch.setattr(torch.cuda, 'manual_seed_all', calls.append)
-    with preserve_rng(): torch.rand(2)
-    assert calls == [], 'nobody seeded'
-    with preserve_rng(): set_seed(7)
-    assert calls == [7, 42]
-    with preserve_rng(cuda=False): set_seed(7)
-    assert calls == [7, 42, 7]
-
-def test_preserve_rng_puts_back_mps(monkeypatch): # by its interface only: there is no such device in CI
-    state = [torch.tensor([1])]
-    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.mps, 'get_rng_state', lambda: state[-1])
-    monkeypatch.setattr(torch.mps, 'set_rng_state', state.append)
-    with preserve_rng(): state.append(torch.tensor([2]))
-    assert state[-1].tolist() == [1] and len(state) == 3
-
-
-# modes
-
-def modes(m): return [o.training for o in m.modules()]
-
-@pytest.mark.parametrize('inside', [nn.Module.eval, nn.Module.train, lambda m: m[2].eval(), lambda m: 1/0, lambda m: (m.eval(), 1/0)])
-def test_preserve_mode(dropout, inside):
-    for frozen in (), (1,), (1, 2), (0, 1, 2):
-        dropout.train()
-        for i in frozen: dropout[i].eval()
-        before = modes(dropout)
-        try:
-            with preserve_mode(dropout) as m: assert m is dropout; inside(m)
-        except ZeroDivisionError: pass
-        assert modes(dropout) == before
-
-def test_preserve_mode_does_not_swallow_errors(dropout):
-    with pytest.raises(KeyError, match='mine'):
-        with preserve_mode(dropout): raise KeyError('mine')
-
-
-# Interrupts
-
-def press(): signal.raise_signal(signal.SIGINT)
-
-@pytest.fixture
-def usual(): # the handler; what runs in the background ignores interrupts from the start
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    signal.signal(signal.SIGINT, before)
-
-def test_an_interrupt_waits_and_comes(usual):
-    done = []
-    with pytest.raises(KeyboardInterrupt):
-        with interrupt_later():
-            for i in range(3): press(); done.append(i)
-    assert done == [0, 1, 2]
-    with interrupt_later(): pass
-    with pytest.raises(KeyboardInterrupt): press()
-
-def test_an_interrupt_that_waits_comes_after_an_error_and_keeps_it(usual):
-    with pytest.raises(KeyboardInterrupt) as e:
-        with interrupt_later(): press(); raise OSError('full')
-    assert str(e.value.__context__) == 'full'
-    with pytest.raises(OSError, match='full'):
-        with interrupt_later(): raise OSError('full')
-
-def test_an_interrupt_of_nested_blocks_waits_for_the_outermost(usual):
-    done = []
-    with pytest.raises(KeyboardInterrupt):
-        with interrupt_later():
-            with interrupt_later(): press(); done.append('inner')
-            done.append('outer')
-    assert done == ['inner', 'outer']
-
-def test_every_interrupt_that_waits_is_handed_on():
-    seen = []
-    before = signal.signal(signal.SIGINT, lambda *args: seen.append(args))
-    try:
-        with interrupt_later(): press(); press(); assert not seen
-        assert seen == [(signal.SIGINT, None)]*2
-    finally: signal.signal(signal.SIGINT, before)
-
-def test_an_interrupt_does_not_wait_for_ever(usual, monkeypatch):
-    clock, done = [0.], []
-    monkeypatch.setattr(core.time, 'monotonic', lambda: clock[0])
-    with pytest.raises(KeyboardInterrupt):
-        with interrupt_later(limit=10):
-            for clock[0] in (100, 105, 109.9, 110, 111): press(); done.append(clock[0])
-    assert done == [100, 105, 109.9]
-    with pytest.raises(KeyboardInterrupt):
-        with interrupt_later(limit=0): press(); done.append('one may wait'); press(); done.append('two may not')
-    assert done[3:] == ['one may wait']
-
-@pytest.mark.parametrize('handler', [signal.SIG_IGN, signal.SIG_DFL])
-def test_where_no_python_handles_interrupts_nothing_changes(usual, handler):
-    signal.signal(signal.SIGINT, handler)
-    with interrupt_later():
-        assert signal.getsignal(signal.SIGINT) is handler
-        if handler is signal.SIG_IGN: press()
-    assert signal.signal(signal.SIGINT, signal.default_int_handler) is handler
-
-def test_in_another_thread_nothing_changes(usual):
-    seen = []
-    def work():
-        with interrupt_later(): seen.append(signal.getsignal(signal.SIGINT))
-    t = threading.Thread(target=work)
-    t.start(); t.join()
-    assert seen == [signal.default_int_handler]
-
-def test_a_handler_that_is_changed_within_stays_and_gets_what_waits(usual):
-    seen = []
-    def mine(*args): seen.append(args)
-    with interrupt_later(): press(); signal.signal(signal.SIGINT, mine); assert not seen
-    assert signal.signal(signal.SIGINT, signal.default_int_handler) is mine and len(seen) == 1
-
-def test_a_handler_that_somebody_has_kept_passes_interrupts_on(usual):
-    with interrupt_later() as later: pass
-    signal.signal(signal.SIGINT, later)
-    with pytest.raises(KeyboardInterrupt): press()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-def test_a_process_forked_within_ignores_interrupts(usual):
-    with interrupt_later(limit=0):
-        pid = os.fork()
-        if not pid:
-            try: press(); press(); os._exit(7)
-            finally: os._exit(8)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
-
-
 # CUDA
 
 class TestCuda:
@@ -488,20 +340,3 @@ class TestCuda:
     def test_equality_across_devices(self):
         core.test_eq(torch.ones(2, device='cuda'), torch.ones(2)); core.test_near([1., 1.], torch.ones(2, device='cuda'))
         with pytest.raises(AssertionError): core.test_eq(torch.ones(2, device='cuda'), torch.zeros(2))
-
-    def test_set_seed_and_preserve_rng(self):
-        def draw(): return torch.rand(4, device='cuda').tolist()
-        set_seed(42); a = draw()
-        set_seed(42); assert draw() == a
-        with preserve_rng(): b = draw()
-        with preserve_rng(): set_seed(0); draw()
-        assert draw() == b != a
-        with preserve_rng(cuda=False): c = draw()
-        assert draw() != c, 'cuda=False leaves the device alone'
-
-    @pytest.mark.parametrize('inside', ['torch.rand(3, device="cuda")', 'set_seed(7)', 'set_seed(7); torch.rand(3, device="cuda")', 'torch.rand(3, device="cuda"); set_seed(7)'])
-    def test_cuda_first_used_within(self, inside):
-        "What CUDA draws after the block does not depend on whether it was started inside."
-        def code(body): return ('import torch; from dl2lib.core import *; set_seed(42)\n'
-                                f'with preserve_rng(): {body}\nprint(torch.rand(4, device="cuda").tolist(), torch.rand(4).tolist())')
-        assert fresh(code(inside)) == fresh(code('pass'))

@@ -1,16 +1,13 @@
 """Proves that every notebook runs: by nbdev_test as `make test` runs it, and in a real Jupyter kernel, where what a cell displays is
 exercised too and has to be of the kinds (text, HTML, picture) that the saved notebook shows. Cells marked `#| slow`, `#| cuda` or
 `#| eval: false` are skipped, as nbdev skips them."""
-import base64, io, os, re
+import base64, io, os
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from PIL import Image
-from repo_tools import NOTEBOOKS, ROOT, copy_repo, directives, environment, nbdev, source
-
-SKIP = set(re.search(r'^tst_flags = (.*)$', (ROOT/'settings.ini').read_text(), re.M)[1].split())
+from repo_tools import NOTEBOOKS, ROOT, nbdev, source
+from run_notebook import executed, run_in_kernel
 
 
 def test_nbdev_test():
@@ -19,41 +16,21 @@ def test_nbdev_test():
     else: assert said == 'passed', 'nbdev_test failed: its own output stands above that of pytest'
 
 
-def skipped(cell):
-    d = directives(cell)
-    return bool(SKIP & d.keys()) or d.get('eval') == 'false'
-
 def kinds(cell, name):
     "What a cell shows: 'printed', 'text', 'html', 'picture' ...; a picture has to be one. What goes to stderr is not looked at."
     res = set()
     for out in cell.outputs:
         if out.output_type == 'stream': res |= {'printed'} if out.name == 'stdout' else set()
-        elif 'image/png' in out.data: res.add(picture(out.data['image/png'], name, cell))
+        elif pictures := [v for k, v in out.data.items() if k in ('image/png', 'image/jpeg', 'image/webp')]:
+            res |= {picture(o, name, cell) for o in pictures}
         elif 'text/html' in out.data: res.add('html')
         else: res |= {k.partition('/')[0] for k in out.data}
     return res
 
-def picture(png, name, cell):
-    with Image.open(io.BytesIO(base64.b64decode(png))) as img: spread = [hi-lo for lo, hi in img.convert('RGB').getextrema()]
+def picture(data, name, cell):
+    with Image.open(io.BytesIO(base64.b64decode(data))) as img: spread = [hi-lo for lo, hi in img.convert('RGB').getextrema()]
     assert max(spread) > 0, f'{name}: an empty picture comes from\n{source(cell)}'
     return 'picture'
-
-def run_in_kernel(path, root, home):
-    "The cells of a notebook that are not skipped, saved and run: two notebooks. The error of a failing cell shows the cell."
-    saved = nbformat.read(path, 4)
-    saved.cells = [c for c in saved.cells if c.cell_type == 'code' and not skipped(c)]
-    nb = nbformat.v4.new_notebook(metadata=saved.metadata, cells=[nbformat.v4.new_code_cell(c.source, id=c.id) for c in saved.cells])
-    env = environment(root, **{f'{k}_DIR': str(home/k.lower()) for k in ('JUPYTER_CONFIG', 'JUPYTER_RUNTIME', 'JUPYTER_DATA')}, IPYTHONDIR=str(home/'ipython'))
-    begun = [] # the cells, as they are sent to the kernel
-    client = NotebookClient(nb, on_cell_start=lambda cell, cell_index: begun.append(cell), timeout=900, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}})
-    try: client.execute(env=env)
-    except CellExecutionError:
-        cell, error = next((c, o) for c in nb.cells for o in c.outputs if o.output_type == 'error')
-        trace = re.sub(r'\x1b\[[0-9;]*m', '', '\n'.join(error.traceback))
-        pytest.fail(f'{path.name}: this cell failed:\n{source(cell)}\n\n{trace[-4000:]}', pytrace=False)
-    except (CellTimeoutError, DeadKernelError) as e:
-        pytest.fail(f'{path.name}: {e}\nThe cell that began last:\n{source(begun[-1]) if begun else None}', pytrace=False)
-    return saved, nb
 
 def different(path, saved, nb):
     "Cells whose outputs are of other kinds than those in the saved notebook, as messages."
@@ -62,9 +39,9 @@ def different(path, saved, nb):
         if was != now: yield f'{path.name} shows {sorted(now)} where the saved notebook has {sorted(was)}; run it and save it anew. The cell:\n{source(new)}'
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
-def test_runs_in_a_kernel_and_shows_what_was_saved(path, tmp_path):
-    copy = copy_repo(tmp_path/'repo')
-    messages = list(different(path, *run_in_kernel(copy/path.relative_to(ROOT), copy, tmp_path)))
+def test_runs_in_a_kernel_and_shows_what_was_saved(path):
+    saved, nb, *_ = executed(path)
+    messages = list(different(path, saved, nb))
     assert not messages, '\n\n'.join(messages)
 
 
@@ -90,13 +67,15 @@ def test_skipped_cells_and_kinds_of_output(tmp_path):
     plot = 'import matplotlib.pyplot as plt\nplt.plot([1, 2]);'
     path = small(tmp_path, ('#| slow\n1/0', []), ('#| cuda\n1/0', []), ('#| eval: false\n1/0', []), ("print('now')", [printed('then')]),
                  (plot, [printed('no picture then')]), ('3', []), ("import dl2lib; print(dl2lib.__file__)", [printed('x')]))
-    saved, nb = run_in_kernel(path, ROOT, tmp_path)
+    saved, nb, _ = run_in_kernel(path, ROOT, tmp_path)
     assert [sorted(kinds(c, '')) for c in nb.cells] == [['printed'], ['picture'], ['text'], ['printed']]
     assert nb.cells[-1].outputs[0].text.strip() == str(ROOT/'dl2lib'/'__init__.py')
     messages = list(different(path, saved, nb))
     assert len(messages) == 2 and 'plt.plot' in messages[0] and messages[0].startswith("small.ipynb shows ['picture'] where the saved notebook has ['printed']")
 
-def test_an_empty_picture_is_seen(tmp_path):
-    blank = 'from PIL import Image\nfrom IPython.display import display\ndisplay(Image.new("RGB", (8, 8), "white"))'
-    saved, nb = run_in_kernel(small(tmp_path, (blank, [])), ROOT, tmp_path)
+@pytest.mark.parametrize('kind', ['png', 'jpeg'])
+def test_an_empty_picture_is_seen(tmp_path, kind):
+    blank = ('import io\nfrom PIL import Image\nfrom IPython import display\nf = io.BytesIO()\n'
+             f'Image.new("RGB", (8, 8), "white").save(f, "{kind}")\ndisplay.display(display.Image(f.getvalue()))')
+    saved, nb, _ = run_in_kernel(small(tmp_path, (blank, [])), ROOT, tmp_path)
     with pytest.raises(AssertionError, match='(?s)small.ipynb: an empty picture comes from.*white'): list(different(tmp_path/'small.ipynb', saved, nb))

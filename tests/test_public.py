@@ -6,8 +6,8 @@ import pytest
 from repo_tools import front_door, python
 
 PUBLIC = {
-    'core': '''test_eq test_near listify setify uniqueify compose ListContainer Table camel2snake noop default_device to_device set_seed
-        seed_cpu preserve_rng draws_nothing preserve_mode interrupt_later''',
+    'state': '''set_seed preserve_rng preserve_mode''',
+    'core': '''test_eq test_near listify setify uniqueify compose ListContainer Table camel2snake noop default_device to_device set_seed''',
     'safefile': '''''',
     'datasets': '''shape_names imagenette_names data_dir shape_image shapes shapes_tensors imagenette''',
     'schedules': '''annealer sched_lin sched_cos sched_no sched_exp combine_scheds cos_1cycle_anneal create_phases''',

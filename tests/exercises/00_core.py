@@ -1,0 +1,26 @@
+"Answers to the exercises of engine/00_core: other right ones, and wrong ones with a word of the sentence that must reject them."
+ANSWERS = {
+    'check_pipeline': dict(
+        right=['class Pipeline:\n    def __init__(self, funcs): self.funcs = funcs\n    def __call__(self, x): return compose(x, list(self.funcs))\n\n'
+               'def pipeline(*funcs): return Pipeline(funcs)'],
+        wrong=[('def pipeline(*funcs): return lambda x: compose(x, funcs)', 'pickle'),
+               ('def pipeline(*funcs):\n    def run(x): return compose(x, funcs)\n    return run', 'pickle'),
+               ('def in_order(x, funcs):\n    for f in funcs: x = f(x)\n    return x\n\ndef pipeline(*funcs): return partial(in_order, funcs=funcs)', '_order'),
+               ('def each_alone(x, funcs):\n    for f in sorted(funcs, key=lambda o: getattr(o, "_order", 0)): res = f(x)\n    return res if funcs else x\n\n'
+                'def pipeline(*funcs): return partial(each_alone, funcs=funcs)', 'left_half was left out'),
+               ('def pipeline(*funcs): return compose(picture, funcs)', 'should return a function'),
+               ('def pipeline(*funcs): return partial(compose, funcs=[*funcs, gray])', 'should return what it gets')]),
+    'check_snake2camel': dict(
+        right=['def snake2camel(name): return re.sub(r"(^|_)(.)", lambda m: m[2].upper(), name)\nlost = "LR_Find".replace("_", "")'],
+        wrong=[('def snake2camel(name): return name.title()\nlost = "CSVLog"', "'Train_Eval'"),
+               ('def snake2camel(name): return name.capitalize().replace("_", "")\nlost = "CSVLog"', "'Traineval'"),
+               ('def snake2camel(name):\n    first, *rest = name.split("_")\n    return first + "".join(map(str.capitalize, rest))\nlost = "CSVLog"', "'trainEval'"),
+               ('def snake2camel(name): return "".join(o.capitalize() for o in name.split("_"))\nlost = "TrainEval"', 'survives'),
+               ('def snake2camel(name): return "".join(o.capitalize() for o in name.split("_"))\nlost = "csv_log"', 'name of a class'),
+               ('def snake2camel(name): print("".join(o.capitalize() for o in name.split("_")))\nlost = "CSVLog"', 'yours gives None')]),
+    'check_guess': dict(
+        right=['my_guess = list(dict.fromkeys("abracadabra"))'],
+        wrong=[('my_guess = ["a", "b", "c", "d", "r"]', 'sort=True'), ('my_guess = {"a", "b", "r", "c", "d"}', 'always gives a list'),
+               ('my_guess = ["abracadabra"]', 'letter by letter'), ('my_guess = list("abracadabra")', 'only once'),
+               ('my_guess = ["c", "d", "a", "b", "r"]', 'first appear in the word'), ('my_guess = ["b", "r", "c", "d"]', '5 different letters')]),
+}
