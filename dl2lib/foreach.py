@@ -280,11 +280,10 @@ def step_lists(chain,       # function of (parameter, state, hyper) to the new s
               )->None:
     "Step many parameters together, in place."
     for ps, states in _buckets(ps, states):
-        if kernel is not None and all(list(map(_fits, ps, states))): numbers = kernel(ps, states, **hyper)
+        if kernel is not None and all([_fits(p, s) for p, s in zip(ps, states)]):
+            numbers = kernel(ps, states, **hyper)
+            for s in states: s.update(numbers)
         elif forced:
             raise ValueError("engine='fused': torch has no kernel for these parts, hyperparameters or tensors: "
                              "leave `engine` out")
-        else:
-            _list_step(chain, ps, states, hyper)
-            continue
-        for s in states: s.update(numbers)
+        else: _list_step(chain, ps, states, hyper)

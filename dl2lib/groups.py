@@ -262,12 +262,11 @@ class GroupsAndStates(torch.optim.Optimizer):
         states = [self.state[p] for p in ps]
         for p, state in zip(ps, states):
             if not _goes_with(p, p.grad): _refuse_grad(p, self._where(i, p))
-            if state and self._made_for.setdefault(p, _kind(p)) != _kind(p):
-                _refuse_state(p, self._made_for[p], self._where(i, p))
+            of, made_for = self._made_for.get(p, (None, None))
+            if of is not state: self._made_for[p] = state, _kind(p) # a new one, or one that was put there by hand
+            elif state and made_for != _kind(p): _refuse_state(p, made_for, self._where(i, p))
         for p, state in zip(ps, states):
-            if state or not self.stats: continue
-            state.update(_init(self.stats, stand_in(p)))
-            self._made_for[p] = _kind(p)
+            if not state: state.update(_init(self.stats, stand_in(p)))
         return states
 
     def _where(self, i, p):
@@ -276,8 +275,8 @@ class GroupsAndStates(torch.optim.Optimizer):
 
     def state_dict(self):
         ps = [p for pg in self.param_groups for p in pg['params']]
-        made_for = {i: _in_words(*self._made_for[p][:2]) for i, p in enumerate(ps)
-                    if p in self._made_for and self.state.get(p)}
+        made_for = {i: _in_words(*self._made_for[p][1][:2]) for i, p in enumerate(ps)
+                    if self.state.get(p) and p in self._made_for}
         return {**super().state_dict(), 'parts': list(map(part_name, self.all_parts)), 'made_for': made_for}
 
     def load_state_dict(self, state_dict:dict): # as `state_dict` gives it, of an optimizer of the same parts and shapes
@@ -293,8 +292,9 @@ class GroupsAndStates(torch.optim.Optimizer):
     def __setstate__(self, state): # of a pickle, a copy, and of torch's `load_state_dict`
         super().__setstate__(state)
         self.defaults.pop('differentiable', None) # torch's word, and no hyperparameter of any part
-        made_for = state.get('_made_for', {})     # none: a state dict, which was checked
-        self._made_for = {p: (*made_for.get(p, _kind(p))[:2], p.device) for p, s in self.state.items() if s}
+        before = state.get('_made_for', {})       # none in a state dict, which was checked
+        made_for = {p: before[p][1] if p in before else _kind(p) for p in self.state}
+        self._made_for = {p: (s, (*made_for[p][:2], p.device)) for p, s in self.state.items()}
         self._checked, self._kernels = {}, {}
 
     def __repr__(self):
