@@ -243,31 +243,32 @@ class GroupsAndStates(torch.optim.Optimizer):
         self.names.check({**self.defaults, **group}, i)
         super().add_param_group(group)
 
-    def hyper_of(self, i:int)->dict: # of a group
-        "Its hyperparameters, checked where they have changed."
-        hyper = hyper_of(self.param_groups[i])
-        if hyper != self._checked.get(i):
-            self.names.check(hyper, i)
+    def checked_groups(self)->list: # a group: (parameters with gradients, their states, hyperparameters)
+        "What a step works on. All of it is checked before any of it is changed."
+        groups = []
+        for i, pg in enumerate(self.param_groups):
+            ps, hyper = [p for p in pg['params'] if p.grad is not None], hyper_of(pg)
+            if hyper != self._checked.get(i): self.names.check(hyper, i) # only where they have changed
             self._checked[i] = hyper
-        return hyper
+            self._check_data(i, ps)
+            groups.append((ps, [self.state[p] for p in ps], hyper))
+        for ps, states, _ in groups:
+            for p, state in zip(ps, states):
+                if not state: state.update(_init(self.stats, stand_in(p)))
+        return groups
+
+    def _check_data(self, i, ps): # parameters of group `i` against their gradients, and what their states are made for
+        for p in ps:
+            if not _goes_with(p, p.grad): _refuse_grad(p, self._where(i, p))
+            state, (of, made_for) = self.state[p], self._made_for.get(p, (None, None))
+            if of is not state or not state: self._made_for[p] = state, _kind(p) # it is new, or put there by hand
+            elif made_for != _kind(p): _refuse_state(p, made_for, self._where(i, p))
 
     def kernel_for(self, hyper:dict): # -> as for `kernel_of`; looked up once for what it depends on
         if self.engine == 'list': return None
         key = bool(hyper.get('wd')), hyper.get('mom') == 0
         if key not in self._kernels: self._kernels[key] = kernel_of(self.parts, hyper)
         return self._kernels[key]
-
-    def states_of(self, i:int, ps:list)->list: # parameters of group `i`, with gradients
-        "Their states. A parameter that has none gets one; one that does not fit its gradient or its state is refused."
-        states = [self.state[p] for p in ps]
-        for p, state in zip(ps, states):
-            if not _goes_with(p, p.grad): _refuse_grad(p, self._where(i, p))
-            of, made_for = self._made_for.get(p, (None, None))
-            if of is not state: self._made_for[p] = state, _kind(p) # a new one, or one that was put there by hand
-            elif state and made_for != _kind(p): _refuse_state(p, made_for, self._where(i, p))
-        for p, state in zip(ps, states):
-            if not state: state.update(_init(self.stats, stand_in(p)))
-        return states
 
     def _where(self, i, p):
         j = next(j for j, o in enumerate(self.param_groups[i]['params']) if o is p)

@@ -201,9 +201,8 @@ class Optimizer(GroupsAndStates):
         loss = None
         if closure is not None:
             with torch.enable_grad(): loss = closure()
-        for i, pg in enumerate(self.param_groups):
-            hyper, ps = self.hyper_of(i), [p for p in pg['params'] if p.grad is not None]
-            try: self.step_group(ps, self.states_of(i, ps), hyper)
+        for ps, states, hyper in self.checked_groups():
+            try: self.step_group(ps, states, hyper)
             finally: increment_version(ps) # tells autograd, which does not see what is changed by `p.data`
         return loss
 

@@ -93,11 +93,13 @@ class Play:
         self.loss = None
 
     def act(self, f):
+        before = [p.detach().clone() for p in self.ps]
         try:
             f()
             self.seen.append(('done', [p.detach().clone() for p in self.ps]))
         except ValueError as e:
             self.seen.append(('refused', str(e)))
+            assert all(torch.equal(p, b) for p, b in zip(self.ps, before)), 'a step that was refused has moved something'
             self.repair()
 
     def run(self, n):

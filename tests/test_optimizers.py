@@ -325,6 +325,20 @@ def test_what_has_no_gradient_is_not_marked():
     loss.backward()
     assert (b.grad == 2*b).all()
 
+def test_a_step_that_is_refused_changes_and_marks_nothing():
+    ps = with_grads(params())
+    opt = adam_opt()([ps[:1], ps[1:]], lr=.1)
+    before, loss = [p.detach().clone() for p in ps], sum((p*p).sum() for p in ps)
+    for broken, mended in ((lambda: opt.hypers[1].update(mom=2.), lambda: opt.hypers[1].update(mom=.9)),
+                           (lambda: setattr(ps[2].grad, 'data', torch.zeros(3)), lambda: setattr(ps[2].grad, 'data', torch.zeros_like(ps[2])))):
+        broken()
+        with pytest.raises(ValueError, match='mom=2.0 must be|parameter 1 of group 1'): opt.step()
+        assert equal(before, ps) and not any(opt.state.values())
+        mended()
+    opt.zero_grad()
+    loss.backward()
+    assert all(torch.equal(p.grad, 2*p) for p in ps)
+
 def test_a_step_that_fails_is_marked_too():
     def fails(p, lr, **kwargs): p.data.add_(1); raise ArithmeticError
     p = nn.Parameter(torch.ones(2))
