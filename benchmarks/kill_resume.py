@@ -165,7 +165,7 @@ def main(kills=50):
         at = kill(folder, wanted, seconds, rng)
         if at is None: missed += 1; continue
         (place, begun), done = at, readable(folder)
-        fell[place] += 1; halves += (folder/'fit.ckpt.tmp').exists()
+        fell[place] += 1; halves += any(folder.glob('.fit.ckpt.*.tmp'))
         again.append(begun - (done or 0))
         got = finish(start(folder), folder)
         alike[place] += got == want

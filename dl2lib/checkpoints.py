@@ -6,9 +6,9 @@
 __all__ = ['StateFileError', 'save_checkpoint', 'unfinished', 'load_checkpoint', 'CheckpointCallback']
 
 # %% ../nbs/09e_checkpoints.ipynb #09e_checkpoints-002
-import errno, hashlib, io, json, math, os, pickle, signal, struct, sys, threading, time
+import errno, io, json, math, os, pickle, signal, struct, sys, threading, time
 from collections import OrderedDict
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from .core import describe, listify, noop
 from .state import interrupt_later, rng_state, set_rng_state
 from .datablock import LabeledData, Paths, _dataset, _vocab, _warn
 from .learner import Learner
+from .safefile import digest, new_file
 
 # %% ../nbs/09e_checkpoints.ipynb #09e_checkpoints-014
 class StateFileError(ValueError):
@@ -54,58 +55,41 @@ def _pack(state, kind)->list: # the pieces of a file, in order
     head = json.dumps(dict(kind=kind, format=_FORMAT, dl2lib=__version__)).encode()
     rest = [struct.pack('<I', len(head)), head, buf.getvalue()] # not `getbuffer`, which in an error's traceback crashes Python 3.12.1
     length = struct.pack('<Q', sum(map(len, rest)))
-    return [_MAGIC, length, _sha256(length, *rest), *rest]
-
-
-def _sha256(*pieces)->bytes:
-    digest = hashlib.sha256()
-    for p in pieces: digest.update(p)
-    return digest.digest()
+    return [_MAGIC, length, digest(length, *rest), *rest]
 
 
 def _unpack(f)->tuple: # a file open for reading -> its words, its state as bytes; checked, and nothing run
-    magic, length, digest = f.read(len(_MAGIC)), f.read(8), f.read(32)
+    magic, length, want_digest = f.read(len(_MAGIC)), f.read(8), f.read(32)
     if not magic: raise _Damaged('the file is empty')
     if magic != _MAGIC[:len(magic)]: raise _Damaged('this is no file that dl2lib has written, or its first bytes are damaged')
-    if len(digest) < 32: raise _Damaged('the file is cut short: not even its digest is whole')
+    if len(want_digest) < 32: raise _Damaged('the file is cut short: not even its digest is whole')
     n = f.read(4)
     head = f.read(min(struct.unpack('<I', n)[0], 1<<16)) if len(n) == 4 else b''
     payload = f.read()
     have, want = len(n)+len(head)+len(payload), struct.unpack('<Q', length)[0]
     if have < want: raise _Damaged(f'the file is cut short: {want-have:,} of its {want:,} bytes are missing')
     if have > want: raise _Damaged(f'the file has {have-want:,} bytes more than were written')
-    if _sha256(length, n, head, payload) != digest: raise _Damaged('the file is damaged: its content does not fit its digest')
+    if digest(length, n, head, payload) != want_digest: raise _Damaged('the file is damaged: its content does not fit its digest')
     return json.loads(head), payload
 
 # %% ../nbs/09e_checkpoints.ipynb #09e_checkpoints-021
-_REMEDIES = {errno.ENOSPC: 'the disk is full: make room', errno.EDQUOT: 'your quota is used up: make room', errno.EROFS: 'this disk is read-only: give another folder',
-             errno.EFBIG: 'files may not be that large here (ulimit -f)', errno.EACCES: 'you may not write there: give another folder',
-             errno.EPERM: 'you may not write there: give another folder', errno.ENOENT: 'there is no such folder: make it first',
-             errno.EEXIST: 'there is a file that is none of dl2lib: give another path, or remove it',
-             errno.ENOTDIR: 'what should be its folder is a file: give another path', errno.EISDIR: 'this is a folder: give the path of a file'}
-
-
 def _beside(path, end)->Path: return path.with_name(path.name + end)
 def _real(path)->Path: return Path(os.path.realpath(path)) if path.is_symlink() else path # a link stays a link
 
 
-def _sync_folder(folder):
-    if os.name == 'nt': return # has no such thing
-    fd = os.open(folder, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+def _read_back(f, path):
+    "Read what was written to an open file, from the disk where that can be had, and compare it with its digest."
+    f.flush()
+    os.fsync(f.fileno())
+    if hasattr(os, 'posix_fadvise'): os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    try:
+        with open(f.name, 'rb') as there: _unpack(there)
+    except _Damaged as e:
+        raise OSError(errno.EIO, f'cannot be written: read back, {e}. Is the disk in order?', str(path)) from e
 
 
-def _write_through(path, pieces): # to the disk, and read back from it
-    with open(path, 'wb') as f:
-        for p in pieces: f.write(p)
-        f.flush()
-        os.fsync(f.fileno())
-        if hasattr(os, 'posix_fadvise'): os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED) # not from memory, where that can be helped
-    with open(path, 'rb') as f: _unpack(f)
-
-
-def _keep_previous(path): # under a second name; `path` is there all the while, where the file system knows links
+def _keep_previous(path):
+    "Give the file a second name; it keeps its own all the while, where the file system knows links."
     if not path.exists(): return
     link, prev = _beside(path, '.link'), _beside(path, '.prev')
     link.unlink(missing_ok=True)
@@ -115,20 +99,13 @@ def _keep_previous(path): # under a second name; `path` is there all the while, 
     finally: link.unlink(missing_ok=True) # where both are names of one file, `replace` does nothing
 
 # %% ../nbs/09e_checkpoints.ipynb #09e_checkpoints-023
-@contextmanager
-def _explained(path): # an error of the operating system gets the file's name and a remedy
-    try: yield
-    except OSError as e:
-        remedy = _REMEDIES.get(e.errno, e.strerror or str(e))
-        raise OSError(e.errno or errno.EIO, f'cannot be written: {remedy}. What was there before is there still', str(path)) from e
-    except _Damaged as e: raise OSError(errno.EIO, f'cannot be written: read back, {e}. Is the disk in order?', str(path)) from e
-
-
-def _check_ours(path): # whether it may be replaced
-    if path.is_dir(): raise IsADirectoryError(errno.EISDIR, '')
-    if not path.exists() or not path.stat().st_size: return
+def _check_ours(path):
+    "Refuse to replace a file that is none of ours."
+    if not path.is_file() or not path.stat().st_size: return
     with open(path, 'rb') as f: magic = f.read(len(_MAGIC))
-    if magic != _MAGIC: raise FileExistsError(errno.EEXIST, '')
+    if magic == _MAGIC: return
+    message = 'cannot be written: there is a file that is none of dl2lib: give another path, or remove it'
+    raise FileExistsError(errno.EEXIST, message, str(path))
 
 
 def write_state(state:dict, # tensors and plain data, as deep as you like
@@ -136,20 +113,13 @@ def write_state(state:dict, # tensors and plain data, as deep as you like
                 kind:str,   # what the state is of, such as 'checkpoint': `read_state` asks for it
                )->Path:     # the file
     "Write a state so that at any moment, a kill or a power cut included, `path` is one whole file: the old one, or this."
-    pieces, given = _pack(state, kind), Path(path)
-    path = _real(given)
-    with _explained(given):
+    pieces, path = _pack(state, kind), Path(path)
+    with new_file(path) as f:
         _check_ours(path)
-        new = _beside(path, '.tmp')
-        try:
-            _write_through(new, pieces)
-            _keep_previous(path)
-            os.replace(new, path)
-            _sync_folder(path.parent)
-        except BaseException:
-            with suppress(OSError): new.unlink()
-            raise
-    return given
+        for p in pieces: f.write(p)
+        _read_back(f, path)
+        _keep_previous(_real(path))
+    return path
 
 # %% ../nbs/09e_checkpoints.ipynb #09e_checkpoints-025
 def _load_plain(payload): # bytes whose digest fits -> state; code in it is refused, not run
@@ -239,7 +209,7 @@ def _digest(o, root='')->str: # of a sequence of names or numbers, or of an arra
         rows = o[torch.linspace(0, len(o)-1, min(len(o), 1000)).long()] if o.ndim and len(o) else o # a thousand of them tell
         pieces = [str((o.dtype, tuple(o.shape))).encode(), rows.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()]
     else: pieces = ['\n'.join(str(v).removeprefix(root) for v in o).encode(errors='surrogateescape')]
-    return _sha256(*pieces).hex()[:16]
+    return digest(*pieces).hex()[:16]
 
 # %% ../nbs/09e_checkpoints.ipynb #09e_checkpoints-041
 def _contents(ds)->dict: # what a dataset is made of, as far as it can be known

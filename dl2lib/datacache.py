@@ -6,7 +6,7 @@
 __all__ = ['CacheError', 'cached', 'open_bytes', 'jpeg_decoder']
 
 # %% ../nbs/engine/08_datacache.ipynb #08_datacache-002
-import copy, dis, enum, errno, functools, hashlib, json, mmap, os, random, re, secrets, shutil, struct, sys, sysconfig, time, types, zlib
+import copy, dis, enum, errno, functools, hashlib, json, mmap, os, random, re, shutil, struct, sys, sysconfig, types, zlib
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +25,7 @@ from .state import draws_nothing, preserve_rng, rng_state, same_rng_state
 from .datablock import (ImageList, ItemList, LabeledData, SplitData, _check_pixels, _name_culprit, _printable, _short, _warn,
                               make_rgb, open_image, open_plain)
 from .datasets import data_dir
+from .safefile import digest, locked, new_file, sweep
 
 # %% ../nbs/engine/08_datacache.ipynb #08_datacache-018
 class CacheError(ValueError):
@@ -184,12 +185,10 @@ _unkeyed = frozenset('''__module__ __dict__ __weakref__ __doc__ __qualname__ __a
 class _OwnGenerator(Exception): "A random generator among a transform's values."
 
 
-def _digest(*parts)->bytes: # of texts and bytes
-    h = hashlib.blake2b(digest_size=16)
-    for p in parts:
-        p = p if isinstance(p, bytes) else str(p).encode('utf-8', 'surrogateescape')
-        h.update(len(p).to_bytes(8, 'little') + p)
-    return h.digest()
+def _digest(*parts)->bytes:
+    "16 bytes that depend on each part, and on where one ends and the next begins."
+    pieces = [p if isinstance(p, bytes) else str(p).encode('utf-8', 'surrogateescape') for p in parts]
+    return digest(*(x for p in pieces for x in (len(p).to_bytes(8, 'little'), p)))[:16]
 
 # %% ../nbs/engine/08_datacache.ipynb #08_datacache-041
 def _module_of(o)->str:
@@ -391,74 +390,6 @@ def _fill(out:_Writer, plan:_Plan, strs, threads): # all items, in order, some 6
             out.add(list(pool.map(plan.make, chunk)))
             if _moved(before): plan.find_drawer(chunk) # finds nobody, if it was another part of the program
 
-# %% ../nbs/engine/08_datacache.ipynb #08_datacache-062
-def _is_at(f, path):
-    try: return os.path.samestat(os.stat(path), os.fstat(f.fileno()))
-    except FileNotFoundError: return False
-
-
-def _acquire(path, wait=True): # -> the open lock file; None where files cannot be locked. Without `wait`, BlockingIOError if another process has it
-    try: import fcntl
-    except ImportError: return None
-    start, warned = time.monotonic(), False
-    while True:
-        f = open(os.open(path, os.O_RDONLY|os.O_CREAT, 0o666), 'rb')
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
-            if _is_at(f, path): return f # else its last holder has removed it
-        except OSError as e: # BlockingIOError: another process has it
-            if not isinstance(e, BlockingIOError): f.close(); return None
-            if not wait: f.close(); raise
-        f.close()
-        if not warned and time.monotonic() - start > 5: warned = _warn(f'another process is writing {path.stem}: waiting for it') or True
-        time.sleep(.02)
-
-
-@contextmanager
-def _locked(fn): # while one process builds a file, others that want it wait; the lock of a dead process is free
-    path = fn.with_name(f'.{fn.name}.lock')
-    f = _acquire(path)
-    try: yield f is not None
-    finally:
-        if f is not None: _release(path, f)
-
-
-def _release(path, f):
-    import fcntl
-    path.unlink(missing_ok=True)
-    fcntl.flock(f, fcntl.LOCK_UN) # for children too, which have inherited it
-    f.close()
-
-# %% ../nbs/engine/08_datacache.ipynb #08_datacache-063
-def _sweep(folder, mine): # remove what dead processes left. One that lives holds the lock of its file; that of `mine` is ours
-    for tmp in folder.glob('.*.cache.*.tmp'):
-        name = tmp.name.rsplit('.', 2)[0] # with the dot in front
-        path = folder/f'{name}.lock'
-        try: f = None if name == f'.{mine.name}' else _acquire(path, wait=False)
-        except OSError: continue
-        tmp.unlink(missing_ok=True)
-        if f is not None: _release(path, f)
-
-
-@contextmanager
-def _new_file(fn): # a file that becomes `fn` when the block ends well, and goes when it does not
-    tmp = fn.with_name(f'.{fn.name}.{secrets.token_hex(4)}.tmp')
-    try:
-        with open(tmp, 'xb', buffering=0) as f:
-            yield f
-            os.fsync(f.fileno())
-        os.replace(tmp, fn)
-        _sync(fn.parent)
-    finally: tmp.unlink(missing_ok=True)
-
-
-def _sync(folder): # the folder's entries; not everywhere can they be
-    try: fd = os.open(folder, os.O_RDONLY)
-    except OSError: return
-    try: os.fsync(fd)
-    except OSError: pass
-    finally: os.close(fd)
-
 # %% ../nbs/engine/08_datacache.ipynb #08_datacache-066
 @contextmanager
 def _disk_errors(folder, n, size): # items; bytes of one, about
@@ -471,7 +402,7 @@ def _disk_errors(folder, n, size): # items; bytes of one, about
         try: free = f'{shutil.disk_usage(folder).free/1e6:,.0f} MB are free'
         except OSError: free = 'it is not there'
         why = f'is full, or no file may be as large: the cache of {n} items takes about {n*size/1e6:,.0f} MB, {free}' if full else 'cannot be written to'
-        raise OSError(e.errno, f'{e.strerror}: {_printable(folder)} {why}. {"Make room, or give" if full else "Give"} another folder, as folder=... or '
+        raise OSError(e.errno, f'{os.strerror(e.errno)}: {_printable(folder)} {why}. {"Make room, or give" if full else "Give"} another folder, as folder=... or '
                                'by DL2LIB_DATA; without cached(...) the same training runs, only slower') from e
 
 # %% ../nbs/engine/08_datacache.ipynb #08_datacache-069
@@ -500,9 +431,9 @@ def _cache_file(plan:_Plan, items, folder:Path, threads)->CacheFile: # found, or
     if (res := _found(fn, digest)) is not None: return res
     with _disk_errors(folder, len(strs), plan.size):
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(fn) as alone:
+        with locked(fn):
             if (res := _found(fn, digest)) is not None: return res # another process was quicker
-            if alone: _sweep(folder, fn)
+            sweep(folder, '*.cache')
             _build(fn, plan, strs, stats, digest, threads)
     return CacheFile(fn, digest).open()
 
@@ -510,7 +441,7 @@ def _cache_file(plan:_Plan, items, folder:Path, threads)->CacheFile: # found, or
 def _build(fn, plan, strs, stats, digest, threads):
     need = len(strs)*plan.size*(1 if plan.exact else .7)
     if shutil.disk_usage(fn.parent).free < need: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with _new_file(fn) as f:
+    with new_file(fn) as f:
         out = _Writer(f, strs)
         _fill(out, plan, strs, threads)
         changed = np.flatnonzero((_stats(strs) != stats).any(1))

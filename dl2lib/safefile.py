@@ -26,7 +26,7 @@ def _sync_names(folder):
 
 # %% ../nbs/engine/00_safefile.ipynb #00_safefile-015
 def _real(path): return Path(os.path.realpath(path))
-def _beside(real, end): return real.with_name(f'.{real.name}.{end}')
+def _beside(real, end): return real.parent/f'.{real.name}.{end}'
 
 
 def _remove(path):
@@ -52,8 +52,7 @@ _REMEDIES = {
     errno.ENOENT: 'there is no such folder: make it first',
     errno.ENOTDIR: 'what should be its folder is a file: give another path',
     errno.EISDIR: 'this is a folder: give the path of a file',
-    errno.EEXIST: 'something else is there already: remove it, or give another path',
-    errno.EAGAIN: 'another process or thread is writing it: wait until it has finished, or give another path'}
+    errno.EEXIST: 'something else is there already: remove it, or give another path'}
 
 
 def _explained(e, path):
@@ -64,6 +63,7 @@ def _explained(e, path):
 
 # %% ../nbs/engine/00_safefile.ipynb #00_safefile-019
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+_TAKEN = 'another process or thread is writing it'
 
 
 def _acquire(lock, path, wait):
@@ -71,8 +71,9 @@ def _acquire(lock, path, wait):
     os.stat(os.path.join(os.path.dirname(lock.lock_file), '')) # filelock would make a folder that is missing
     try: lock.acquire(timeout=5 if wait else 0)
     except Timeout:
-        if not wait: raise BlockingIOError(errno.EAGAIN, '') from None
-        print(f'{path}: another process or thread is writing it; waiting', file=sys.stderr, flush=True)
+        if not wait:
+            raise BlockingIOError(errno.EAGAIN, f'{_TAKEN}: wait until it has finished, or give another path') from None
+        print(f'{path}: {_TAKEN}; waiting', file=sys.stderr, flush=True)
         lock.acquire()
     except OSError as e:
         if e.errno not in _NO_LOCKS: raise

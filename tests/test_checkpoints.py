@@ -1,6 +1,6 @@
 """Checkpoints: the file is whole at every moment and refuses all that is not; a fit goes on to the bit from wherever it was killed, with
 every optimizer and callback; what is another training is refused; an interrupt leaves the Learner usable, no hooks, no workers."""
-import copy, errno, gc, io, multiprocessing as mp, os, pickle, random, resource, signal, struct, sys, threading, time, traceback, warnings
+import copy, errno, gc, hashlib, io, multiprocessing as mp, os, pickle, random, resource, signal, struct, sys, threading, time, traceback, warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from dl2lib import checkpoints as mod
+from dl2lib import checkpoints as mod, safefile
 from dl2lib.callbacks import (AvgStatsCallback, BatchTransformXCallback, Callback, CancelBatchException, CancelEpochException, CancelTrainException, ChannelsLastCallback,
                               CudaCallback, ParamScheduler, Recorder, accuracy)
 from dl2lib.checkpoints import CheckpointCallback, StateFileError, load_checkpoint, read_state, save_checkpoint, unfinished, write_state
@@ -244,7 +244,7 @@ class RunsCode:
 def packed(payload, head=b'{"kind": "test", "format": 1, "dl2lib": "0"}'): # a file whose digest fits
     rest = [struct.pack('<I', len(head)), head, payload]
     length = struct.pack('<Q', sum(map(len, rest)))
-    return b''.join([mod._MAGIC, length, mod._sha256(length, *rest), *rest])
+    return b''.join([b'\x89dl2lib state\r\n\n', length, hashlib.sha256(b''.join([length, *rest])).digest(), *rest])
 
 def saved(o):
     f = io.BytesIO()
@@ -285,10 +285,11 @@ def intact(says):
     assert {o: Path(o).read_bytes() for o in os.listdir()} == before
     return e.value
 
-def test_a_full_disk_says_so():
+def test_a_full_disk_says_so(monkeypatch):
     two_files()
-    Path('a.state.tmp').symlink_to('/dev/full')
-    assert intact('the disk is full: make room').errno == errno.ENOSPC
+    with monkeypatch.context() as m:
+        m.setattr(safefile, 'open', lambda tmp, mode: tmp.touch() or open('/dev/full', 'wb'), raising=False)
+        assert intact('the disk is full: make room').errno == errno.ENOSPC
     write_state({'i': 3}, 'a.state', 'test')
     assert read_state('a.state', 'test') == {'i': 3}
 
@@ -299,13 +300,12 @@ def test_a_file_that_may_not_be_so_large_says_so():
         intact(r'ulimit')
     assert in_child(limited) == 0
 
-@pytest.mark.parametrize('code, says', [('ENOSPC', 'the disk is full'), ('EDQUOT', 'quota'), ('EACCES', 'may not write'), ('EROFS', 'read-only'), ('EIO', 'Input/output')])
+@pytest.mark.parametrize('code, says', [('ENOSPC', 'the disk is full'), ('EDQUOT', 'quota'), ('EACCES', 'may not write'), ('EROFS', 'read-only'), ('EIO', 'input/output error')])
 @pytest.mark.parametrize('call', ['open', 'fsync', 'replace'])
 def test_an_error_at_any_step_leaves_the_old_files(monkeypatch, call, code, says):
     two_files()
     def fail(*args, **kwargs): raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
-    real = open
-    if call == 'open': monkeypatch.setattr(mod, 'open', lambda p, mode='r': fail() if 'w' in mode else real(p, mode), raising=False)
+    if call == 'open': monkeypatch.setattr(safefile, 'open', fail, raising=False)
     else: monkeypatch.setattr(os, call, fail)
     assert intact(says).errno == getattr(errno, code)
 
@@ -327,12 +327,31 @@ def test_a_disk_that_keeps_something_else_is_noticed(monkeypatch):
     real = os.fsync
     def rot(fd):
         real(fd)
-        if os.path.exists('a.state.tmp'):
-            b = bytearray(Path('a.state.tmp').read_bytes())
+        for tmp in Path().glob('.a.state.*.tmp'):
+            b = bytearray(tmp.read_bytes())
             b[-10] ^= 1
-            Path('a.state.tmp').write_bytes(b)
+            tmp.write_bytes(b)
     monkeypatch.setattr(os, 'fsync', rot)
     intact('read back, the file is damaged')
+
+def test_the_format_is_that_of_files_written_before():
+    Path('a.state').write_bytes(packed(saved({'i': 7})))
+    assert read_state('a.state', 'test') == {'i': 7}
+    write_state({'i': 8}, 'a.state', 'test')
+    content = Path('a.state').read_bytes()
+    n = struct.unpack('<I', content[56:60])[0]
+    assert content == packed(content[60+n:], content[60:60+n]) and read_state('a.state.prev', 'test') == {'i': 7}
+
+def test_two_writers_of_one_path_do_not_spoil_each_other():
+    def write(k):
+        for i in range(40): write_state({'i': 100*k+i, 't': torch.full((20_000,), k)}, 'a.state', 'test')
+    write(1)
+    writers = [mp.get_context('fork').Process(target=write, args=(k,)) for k in (1, 2, 3)]
+    for p in writers: p.start()
+    while any(p.is_alive() for p in writers):
+        state = read_state('a.state', 'test')
+        assert (state['t'] == state['i']//100).all()
+    assert [p.exitcode for p in writers] == [0]*3 and set(os.listdir()) == {'a.state', 'a.state.prev'}
 
 def test_an_interrupt_while_writing_leaves_nothing(monkeypatch):
     two_files()
@@ -341,7 +360,7 @@ def test_an_interrupt_while_writing_leaves_nothing(monkeypatch):
     with pytest.raises(KeyboardInterrupt): write_state({'i': 3}, 'a.state', 'test')
     assert read_state('a.state', 'test')['i'] == 2 and set(os.listdir()) == {'a.state', 'a.state.prev'}
 
-CALLS = [('fsync', 1), ('link', 1), ('replace', 1), ('replace', 2), ('fsync', 2)]
+CALLS = [('fsync', 1), ('link', 1), ('replace', 1), ('fsync', 2), ('replace', 2), ('fsync', 3)] # the last one syncs the folder
 @pytest.mark.parametrize('name, n', CALLS)
 @pytest.mark.parametrize('links', [True, False])
 def test_a_writer_that_is_killed_leaves_a_whole_file(name, n, links):
@@ -354,7 +373,7 @@ def test_a_writer_that_is_killed_leaves_a_whole_file(name, n, links):
         write_state({'i': 3}, 'a.state', 'test')
     assert in_child(write) == -signal.SIGKILL
     there = [read_state(p, 'test')['i'] for p in ('a.state', 'a.state.prev') if os.path.exists(p)]
-    assert there[0] == (3 if (name, n) == ('fsync', 2) else 2)
+    assert there[0] == (3 if (name, n) == ('fsync', 3) else 2)
     assert os.path.exists('a.state') or not links # without links there is a moment in which only `.prev` is there
     write_state({'i': 4}, 'a.state', 'test')
     assert read_state('a.state', 'test') == {'i': 4} and set(os.listdir()) == {'a.state', 'a.state.prev'}
@@ -863,7 +882,7 @@ def test_a_second_interrupt_does_not_wait():
     assert vars(twice).keys() >= {'reached'} and 'passed' not in vars(twice) and read_state('fit.ckpt', 'checkpoint')['batch'] == 0
 
 def test_an_interrupt_while_a_checkpoint_is_written_waits_for_it(monkeypatch, whole):
-    real, presses = os.fsync, [3]
+    real, presses = os.fsync, [4] # three for the first checkpoint
     def press(fd):
         presses[0] -= 1
         if presses[0] == 0: signal.raise_signal(signal.SIGINT)

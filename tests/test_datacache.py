@@ -5,6 +5,7 @@ from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
+import filelock
 import numpy as np
 import PIL.Image
 import pytest
@@ -12,10 +13,12 @@ import torch
 from test_datablock import Jitter, assert_same_batches, passes, rng_states, same, traced
 
 import dl2lib.datacache as dc
+from dl2lib import safefile
 from dl2lib.datablock import (CategoryProcessor, ImageFileError, ImageList, ItemList, LabeledData, Paths, ResizeFixed, SplitData, Transform,
                               get_dls, grandparent_splitter, label_by_func, make_rgb, open_image, parent_labeler, random_splitter,
                               to_byte_tensor, to_float_tensor)
 from dl2lib.datacache import CachedList, CacheError, CacheFile, cached, jpeg_decoder
+from dl2lib.safefile import locked
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*TorchVision are deprecated', 'ignore:This DataLoader will create 4')
 decoders = pytest.mark.parametrize('decoder', [open_image, jpeg_decoder], ids=['pil', 'jpeg'])
@@ -566,41 +569,29 @@ def test_processes_that_are_killed_at_any_time_leave_a_right_cache(folder, store
     assert [x.tolist() for x in cached(il, store)] == ref and files(store) == caches(store)
 
 def test_where_files_cannot_be_locked_it_works_all_the_same(folder, store, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'fcntl', None)
-    (store/'x').mkdir(parents=True)
-    (store/'.of-another.cache.0123.tmp').touch()            # whether its owner lives cannot be known: it stays
+    def flock(*args): raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    monkeypatch.setattr('fcntl.flock', flock)
+    store.mkdir()
+    (store/'.of-another.cache.01234567.tmp').touch()        # whether its owner lives cannot be known: it stays
     same(cached(images(folder), store)[5], images(folder)[5])
-    assert len(caches(store)) == 1 and (store/'.of-another.cache.0123.tmp').exists()
+    assert files(store) == ['.of-another.cache.01234567.tmp', *caches(store)] and len(caches(store)) == 1
 
-def test_a_lock_that_another_process_holds_is_waited_for_with_a_word(folder, store, monkeypatch):
-    import fcntl
-    il = images(folder)
-    c = cached(il, store)
-    c.file.path.unlink()
-    lock = store/f'.{c.file.path.name}.lock'
-    held, tick = open(lock, 'w'), iter(range(0, 1000, 3))
-    fcntl.flock(held, fcntl.LOCK_EX)
-    clock = dict(now=0)
-    def sleep(s):
-        clock['now'] += 3
-        if clock['now'] > 10: lock.unlink(missing_ok=True); held.close()
-    monkeypatch.setattr(dc, 'time', type('', (), dict(monotonic=staticmethod(lambda: clock['now']), sleep=staticmethod(sleep))))
-    with pytest.warns(UserWarning, match='another process is writing .*: waiting for it') as ws: cached(il, store)
-    assert len(ws) == 1 and ws[0].filename == __file__ and files(store) == caches(store) and next(tick) == 0
-
-def test_a_lock_file_that_its_last_holder_removed_is_no_lock(tmp_path, monkeypatch):
-    import fcntl
-    path, real, n = tmp_path/'.a.lock', fcntl.flock, []
-    def flock(f, how):
-        real(f, how)
-        n.append(1)
-        if len(n) == 1: path.unlink()                       # between our opening it and our locking it
-    monkeypatch.setattr(fcntl, 'flock', flock)
-    f = dc._acquire(path)
-    assert len(n) == 2 and os.path.samestat(os.stat(path), os.fstat(f.fileno()))
-    with pytest.raises(BlockingIOError): dc._acquire(path, wait=False)
-    dc._release(path, f)
-    assert not path.exists() and f.closed
+def test_a_lock_that_another_process_holds_is_waited_for_with_a_word(folder, store, monkeypatch, capsys):
+    il, real = images(folder), filelock.FileLock.acquire
+    file = cached(il, store).file.path
+    file.unlink()
+    def hold():
+        with locked(file):
+            (store/'held').touch()
+            time.sleep(1)
+    def acquire(self, timeout=None): return real(self, .1 if timeout == 5 else timeout)
+    other = Forked(hold)
+    other.once(lambda: (store/'held').exists())
+    (store/'held').unlink()
+    monkeypatch.setattr(filelock.FileLock, 'acquire', acquire)
+    cached(il, store)
+    said = capsys.readouterr().err
+    assert said == f'{file}: another process or thread is writing it; waiting\n' and files(store) == caches(store) == [file.name]
 
 @pytest.mark.parametrize('code', [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_says_so(folder, store, monkeypatch, code):
@@ -632,8 +623,7 @@ def test_a_limit_on_file_sizes_is_a_full_disk(folder, store):
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
 def test_a_device_that_is_really_full(folder, store, monkeypatch):
-    real = open
-    monkeypatch.setattr(dc, 'open', lambda p, *a, **kw: real('/dev/full', 'wb', buffering=0) if str(p).endswith('.tmp') else real(p, *a, **kw), raising=False)
+    monkeypatch.setattr(safefile, 'open', lambda tmp, mode: open('/dev/full', 'wb', buffering=0), raising=False)
     with pytest.raises(OSError, match='is full'): cached(images(folder), store)
     assert not files(store)
 
