@@ -4,6 +4,7 @@ from torch import tensor  # code of the lesson uses it bare
 from dl2lib.state import *
 from dl2lib.core import *
 from dl2lib.safefile import *
+from dl2lib.scoreboard import *
 from dl2lib.datasets import *
 from dl2lib.schedules import *
 from dl2lib.callbacks import *

@@ -458,14 +458,18 @@ def test_a_forked_child_keeps_no_lock():
     def parent(): # is killed; its child lives on
         with locked('w.bin'):
             pid = os.fork()
-            if pid == 0: time.sleep(30); os._exit(0)
-            Path('child').write_text(str(pid))
+            if pid == 0:
+                Path('child').write_text(str(os.getpid()))
+                os.replace('child', 'child is there')
+                time.sleep(60)
+                os._exit(0)
+            wait_for(lambda: os.path.exists('child is there')) # it has closed its copy by then
             die()
     assert Child(parent).end() == -signal.SIGKILL
     try:
-        os.kill(int(Path('child').read_text()), 0) # it lives
+        os.kill(int(Path('child is there').read_text()), 0) # it lives
         write(wait=False)
-    finally: os.kill(int(Path('child').read_text()), signal.SIGKILL)
+    finally: os.kill(int(Path('child is there').read_text()), signal.SIGKILL)
 
 def test_a_forked_child_does_not_think_that_it_holds_the_lock():
     def child():
