@@ -62,6 +62,8 @@ def own_adam_step(p, lr, mom, mom_damp, step, sqr_mom, sqr_damp, grad_avg, sqr_a
     p.data.addcdiv_(grad_avg, sqr_avg.sqrt().div_(math.sqrt(d2)).add_(eps), value=-lr/d1)
     return p
 
+own_adam_step.foreach = True
+
 def own_chain(ps, engine=None):
     return StatefulOptimizer(ps, [weight_decay, own_adam_step], [AverageGrad(dampening=True), AverageSqrGrad(), StepCount()], engine=engine,
                              lr=1e-3, wd=.01, sqr_mom=.999, eps=1e-8)

@@ -15,7 +15,8 @@ from dl2lib.lsuv import *
 from dl2lib.resnet import *
 from dl2lib.datablock import *
 from dl2lib.datacache import *
-from dl2lib.tensorlist import *
+from dl2lib.foreach import *
+from dl2lib.groups import *
 from dl2lib.optimizers import *
 from dl2lib.zoo import *
 from dl2lib.learner import *

@@ -231,6 +231,8 @@ class Recorder(Callback):
     def after_batch(self):
         run = self.run
         if not run.in_train: return
+        while len(self.group_lrs) < len(run.opt.param_groups): # a group was added within the fit: nan before
+            for groups in self.group_lrs, self.group_moms: groups.append([math.nan]*len(groups[0]))
         for lrs, moms, pg in zip(self.group_lrs, self.group_moms, run.opt.param_groups):
             lrs.append(pg['lr']); moms.append(_momentum(pg))
         if run.loss is None: self.losses.append(math.nan) # cancelled before there was one
@@ -283,6 +285,7 @@ class ParamScheduler(Callback):
         self.pname, self.scheds = pname, scheds
 
     def begin_fit(self):
+        self.after_fit() # a checkpoint of the middle of a fit was loaded: its passing value is not where this fit begins
         groups, scheds = self.opt.param_groups, listify(self.scheds)
         known = [k for k in groups[0] if k != 'params']
         if self.pname not in known:
@@ -295,7 +298,16 @@ class ParamScheduler(Callback):
     def begin_batch(self):
         run = self.run
         if not run.in_train: return
+        if len(run.opt.param_groups) != len(self.active): self.meet(run.opt.param_groups)
         for pg, f in zip(run.opt.param_groups, self.active): pg[self.pname] = f(run.n_epochs/run.epochs)
+
+    def meet(self, groups): # which have changed in number since the fit began
+        if len(listify(self.scheds)) > 1 or len(groups) < len(self.active):
+            raise ValueError(f'ParamScheduler({self.pname!r}): {len(self.active)} parameter groups when the fit began, and now {len(groups)}: '
+                             'give one schedule for all, or add and remove groups between fits')
+        for pg in groups[len(self.active):]:
+            self.active.append(self.active[0])
+            self.before.append(pg[self.pname])
 
     def after_fit(self):
         for pg, v in zip(self.opt.param_groups, self.__dict__.pop('before', [])): pg[self.pname] = v

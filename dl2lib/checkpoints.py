@@ -481,13 +481,27 @@ def _save(learn, path,    # file; the one before it is kept as `path.prev`
     write_state(dict(model=_model_state(learn.model), opt=learn.opt.state_dict() if with_opt else None), path, 'weights')
 
 
+def _load_averages(opt, state): # hyperparameters stay as they are; -> those that differ in the file, in words
+    mine = [{k: v for k, v in pg.items() if k != 'params'} for pg in opt.param_groups]
+    opt.load_state_dict(state)
+    odd = {k: f'{k}={v} ({pg[k]} in the file)' for pg, hyper in zip(opt.param_groups, mine)
+           for k, v in hyper.items() if k in pg and pg[k] != v}
+    for pg, hyper in zip(opt.param_groups, mine):
+        for k in pg.keys() - hyper.keys() - {'params'}: del pg[k]
+        pg.update(hyper)
+    return ', '.join(odd.values())
+
+
 def _load(learn, path,    # of `save`, or a checkpoint
-          with_opt=None): # the optimizer's state too; None: if there is one
-    "Take weights from a file, as they are there, into a model of the same names and shapes."
+          with_opt=None): # the optimizer's averages too; None: if there are any
+    "Take weights, and the optimizer's averages, from a file. Hyperparameters stay the Learner's; prints what it has loaded."
     state = read_state(path, ('weights', 'checkpoint'))
     if with_opt and state['opt'] is None: raise ValueError(f'{path} has no state of an optimizer: it was saved with_opt=False')
     _check_tensors(state['model'], learn.model, path)
-    if with_opt is not False and state['opt'] is not None: learn.opt.load_state_dict(state['opt'])
+    averages = with_opt is not False and state['opt'] is not None
+    stays = _load_averages(learn.opt, state['opt']) if averages else ''
     _set_model_state(learn.model, state['model'])
+    what = "weights and the optimizer's state are" if averages and state['opt']['state'] else 'weights are'
+    print(f'{path}: {what} loaded' + (f'; {stays} stays' if stays else ''))
 
 Learner.save, Learner.load = _save, _load

@@ -8,20 +8,16 @@ __all__ = ['sgd_opt', 'sgd_mom_opt', 'sgd_step', 'weight_decay', 'l2_reg', 'get_
            'StatefulOptimizer', 'adam_opt', 'lamb_opt']
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-002
-import difflib, inspect, math
-from bisect import bisect_left
-from copy import deepcopy
+import math
 from functools import partial
-from numbers import Real
-from operator import is_ as _is
 
 import torch
-import torch.optim.optimizer as torch_optimizer
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .core import listify
-from .state import preserve_rng
-from .tensorlist import TensorList, _dense, packs
+from .foreach import part_name, step_lists
+from .groups import GroupsAndStates, as_groups, round_back, stand_in
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-007
 def sgd_step(p:Tensor, lr:float, **kwargs): # p: a parameter with its `grad`, changed in place
@@ -29,7 +25,7 @@ def sgd_step(p:Tensor, lr:float, **kwargs): # p: a parameter with its `grad`, ch
     p.data.add_(p.grad.data, alpha=-lr)
     return p
 
-sgd_step.formula = r'p \leftarrow p - \eta\, g'
+sgd_step.foreach, sgd_step.formula = True, r'p \leftarrow p - \eta\, g'
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-012
 def weight_decay(p:Tensor, lr:float, wd:float, **kwargs): # p: changed in place
@@ -37,7 +33,7 @@ def weight_decay(p:Tensor, lr:float, wd:float, **kwargs): # p: changed in place
     if wd: p.data.mul_(1 - lr*wd)
     return p
 
-weight_decay._defaults = dict(wd=0.)
+weight_decay._defaults, weight_decay.foreach = dict(wd=0.), True
 weight_decay.formula = r'p \leftarrow (1-\eta\lambda)\, p'
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-013
@@ -46,7 +42,7 @@ def l2_reg(p:Tensor, wd:float, **kwargs): # p: its gradient is replaced for this
     if wd: p.grad = p.grad.add(p.data, alpha=wd)
     return p
 
-l2_reg._defaults, l2_reg._order = dict(wd=0.), -1
+l2_reg._defaults, l2_reg._order, l2_reg.foreach = dict(wd=0.), -1, True
 l2_reg.formula = r'g \leftarrow g + \lambda\, p'
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-019
@@ -63,61 +59,30 @@ def maybe_update(os,    # parts
     for o in os:
         for k, v in f(o).items(): dest.setdefault(k, v)
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-021
-def _name(part): # a function, a partial of one, or a Stat
-    part = getattr(part, 'func', part)
-    return getattr(part, '__name__', type(part).__name__)
-
-def _needs(part)->dict: # names of what a stepper or stat is handed beside p and state, to whether it can do without
-    f = part.update if hasattr(part, 'update') else part
-    ps = [o for o in inspect.signature(f).parameters.values() if o.kind not in (o.VAR_KEYWORD, o.VAR_POSITIONAL)]
-    return {o.name: o.default is not o.empty for o in ps[2 if hasattr(part, 'update') else 1:]}
-
-def _nearest(name, names): # a text
-    guess = difflib.get_close_matches(name, names, 1)
-    return f'do you mean {guess[0]!r}?' if guess else f'they use {", ".join(sorted(names)) or "none"}'
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-022
-_unit = {'mom', 'sqr_mom'}              # in [0, 1)
-_positive = {'lr', 'wd', 'eps', 'alpha'} # not negative
-
-
-def check_hyper(name:str, # of a hyperparameter
-                v,        # its value
-               )->None:
-    "Refuse a value that makes no sense, by name."
-    if v is None or isinstance(v, bool): return
-    if not isinstance(v, Real): raise TypeError(f'{name}={v!r} is a {type(v).__name__}: a hyperparameter is a number')
-    if not math.isfinite(v): raise ValueError(f'{name}={v!r} must be finite')
-    if name in _unit and not 0 <= v < 1: raise ValueError(f'{name}={v!r} must be in [0, 1)')
-    if name in _positive and v < 0: raise ValueError(f'{name}={v!r} must not be negative')
-
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-025
-def _describe(part)->str: # a part and what it was made with
-    more = ', '.join(f'{k}={v!r}' for k, v in vars(part).items()) if isinstance(part, Stat) else ''
-    return f'{_name(part)}({more})' if more else _name(part)
-
-
 class Stat:
-    "What an optimizer remembers of a parameter: how it begins, and how a step changes it."
+    "What an optimizer remembers of a parameter: its initial value, and how a step changes it."
     _defaults = {}
+    keeps = None    # names that it keeps in the state; None: it does not say, and they are checked in the first step
+    foreach = False # whether `update` may be given a `TensorList`
     def init_state(self, p:Tensor)->dict: # p: parameter with its `grad`; -> name to tensor or number, new to the state
         raise NotImplementedError(f'{type(self).__name__}.init_state(p): return a dict')
 
-    def update(self, p:Tensor, state:dict, **kwargs)->dict: # kwargs: hyperparameters; -> state, its tensors changed in place
+    def update(self, p:Tensor, state:dict, **kwargs)->dict: # kwargs: hyperparameters; -> state, changed in place
         raise NotImplementedError(f'{type(self).__name__}.update(p, state, **kwargs): change the state, and return it')
 
-    def __repr__(self): return _describe(self)
+    def __repr__(self): return part_name(self)
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-028
 class AverageGrad(Stat):
-    r"Moving average of gradients: $m \leftarrow \beta m + (1-\beta) g$ with dampening, else $m \leftarrow \beta m + g$."
-    _defaults = dict(mom=.9)
+    r"Average of gradients: $m \leftarrow \beta m + (1-\beta) g$ with dampening, else $m \leftarrow \beta m + g$."
+    _defaults, keeps, foreach = dict(mom=.9), ('grad_avg', 'mom_damp'), True
     def __init__(self, dampening=False): # whether new gradients count 1-mom, else 1
         self.dampening = dampening
 
     @property
-    def formula(self): return r'm \leftarrow \beta_1 m + (1-\beta_1)\, g' if self.dampening else r'm \leftarrow \beta_1 m + g'
+    def formula(self):
+        return r'm \leftarrow \beta_1 m + (1-\beta_1)\, g' if self.dampening else r'm \leftarrow \beta_1 m + g'
 
     def init_state(self, p): return {'grad_avg': torch.zeros_like(p)}
 
@@ -138,7 +103,7 @@ def debias(mom:float,  # memory of the average
 
 def lin_comb(v1,         # number, tensor or `TensorList`
              v2,         # the same
-             beta:float, # share of `v1`
+             beta:float, # fraction of `v1`
             ):           # $\beta v_1+(1-\beta)v_2$
     "A point on the line from `v2` to `v1`."
     return beta*v1 + (1-beta)*v2
@@ -149,17 +114,18 @@ def momentum_step(p:Tensor, lr:float, grad_avg:Tensor, **kwargs): # grad_avg: as
     p.data.add_(grad_avg, alpha=-lr)
     return p
 
-momentum_step.formula = r'p \leftarrow p - \eta\, m'
+momentum_step.foreach, momentum_step.formula = True, r'p \leftarrow p - \eta\, m'
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-043
 class AverageSqrGrad(Stat):
-    r"Moving average of squared gradients: $v \leftarrow \beta_2 v + (1-\beta_2) g^2$ with dampening, else $v \leftarrow \beta_2 v + g^2$."
-    _defaults = dict(sqr_mom=.99)
+    r"Average of squares, $v \leftarrow \beta_2 v + (1-\beta_2) g^2$; without dampening $v \leftarrow \beta_2 v + g^2$."
+    _defaults, keeps, foreach = dict(sqr_mom=.99), ('sqr_avg', 'sqr_damp'), True
     def __init__(self, dampening=True): # whether new squares count 1-sqr_mom, else 1
         self.dampening = dampening
 
     @property
-    def formula(self): return r'v \leftarrow \beta_2 v + (1-\beta_2)\, g^2' if self.dampening else r'v \leftarrow \beta_2 v + g^2'
+    def formula(self):
+        return r'v \leftarrow \beta_2 v + (1-\beta_2)\, g^2' if self.dampening else r'v \leftarrow \beta_2 v + g^2'
 
     def init_state(self, p): return {'sqr_avg': torch.zeros_like(p)}
 
@@ -171,7 +137,7 @@ class AverageSqrGrad(Stat):
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-045
 class StepCount(Stat):
     "How many steps a parameter has made: a number on the host, so that nothing waits for it."
-    formula = r't \leftarrow t+1'
+    keeps, foreach, formula = ('step',), True, r't \leftarrow t+1'
     def init_state(self, p): return {'step': 0}
 
     def update(self, p, state, **kwargs):
@@ -179,475 +145,100 @@ class StepCount(Stat):
         return state
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-047
-def adam_step(p:Tensor, lr:float, mom:float, mom_damp:float, step:int, sqr_mom:float, sqr_damp:float, grad_avg:Tensor, sqr_avg:Tensor,
-              eps:float, **kwargs): # averages: as p; step: from 1
-    r"Along the average, over the root of the squares' average, both debiased (arXiv 1412.6980); $\epsilon$ outside the root."
+def adam_step(p:Tensor, lr:float, mom:float, mom_damp:float, step:int, sqr_mom:float, sqr_damp:float,
+              grad_avg:Tensor, sqr_avg:Tensor, eps:float, **kwargs): # averages: as p; step: from 1
+    r"Along the average, over the root of the average square, both debiased (arXiv 1412.6980)."
     debias1, debias2 = debias(mom, mom_damp, step), debias(sqr_mom, sqr_damp, step)
     p.data.addcdiv_(grad_avg, sqr_avg.sqrt().div_(math.sqrt(debias2)).add_(eps), value=-lr/debias1)
     return p
 
-adam_step._defaults = dict(eps=1e-5)
+adam_step._defaults, adam_step.foreach = dict(eps=1e-5), True
 adam_step.formula = r'p \leftarrow p - \eta\,\frac{m/d_1}{\sqrt{v/d_2}+\epsilon}'
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-053
 def trust_ratio(p,              # parameter
                 update,         # what it is to be moved by, before the learning rate
                 max_ratio=None, # at most
-                factor=1.,      # what `update` is still to be multiplied by
                ):               # a number for each parameter, on its device
     r"$|p|/|u|$, and 1 where one of the two is zero."
-    a, b = p.norm(), update.norm()*factor
+    a, b = p.norm(), update.norm()
     ratio = torch.where(torch.minimum(a, b) > 0, a/b, 1.)
     return ratio if max_ratio is None else ratio.clamp(max=max_ratio)
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-056
-def lamb_update(p, mom, mom_damp, step, sqr_mom, sqr_damp, grad_avg, sqr_avg, eps, wd, **kwargs)->tuple: # arguments: as for `adam_step`
-    "Adam's direction and the decay, without a factor; the factor."
-    debias1, debias2 = debias(mom, mom_damp, step), debias(sqr_mom, sqr_damp, step)
-    factor, denom = math.sqrt(debias2)/debias1, sqr_avg.sqrt().add_(eps*math.sqrt(debias2))
-    if wd > 1e-9: return p.data.addcdiv(grad_avg, denom, value=factor/wd), wd
-    update = grad_avg/denom # with a decay as small as that, the quotient above might be too large for float32
-    return (update.add_(p.data, alpha=wd/factor) if wd else update), factor
+def lamb_direction(p, mom, mom_damp, step, sqr_mom, sqr_damp, grad_avg, sqr_avg, eps, wd, **kwargs): # as `adam_step`
+    r"Adam's step and the decay: $u=\frac{m/d_1}{\sqrt{v/d_2}+\epsilon}+\lambda p$."
+    m, v = grad_avg/debias(mom, mom_damp, step), sqr_avg/debias(sqr_mom, sqr_damp, step)
+    return m.div_(v.sqrt_().add_(eps)).add_(p.data, alpha=wd)
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-056b
-def lamb_step(p:Tensor, lr:float, max_ratio=10., **kwargs): # further arguments: as for `lamb_update`
-    r"A step of Adam with decay inside, made as long as the parameter is (arXiv 1904.00962)."
-    update, factor = lamb_update(p, **kwargs)
-    p.data.addcmul_(update, trust_ratio(p.data, update, max_ratio, factor), value=-lr*factor)
+def lamb_step(p:Tensor, lr:float, max_ratio=10., **kwargs): # further arguments: as for `lamb_direction`
+    r"A step of Adam with decay inside, scaled to the norm of the parameter (arXiv 1904.00962)."
+    u = lamb_direction(p, **kwargs)
+    p.data.sub_(u.mul_(trust_ratio(p.data, u, max_ratio)), alpha=lr)
     return p
 
-lamb_step._defaults = dict(eps=1e-6, wd=0., max_ratio=10.)
-lamb_step.formula = r'u = \frac{m/d_1}{\sqrt{v/d_2}+\epsilon}+\lambda p,\quad p \leftarrow p - \eta\,\min\!\left(\frac{|p|}{|u|},r\right)u'
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-061
-def _is_list(o): # of tensors: no tensor, no dict, no named tensor
-    if isinstance(o, (Tensor, dict, str)) or not hasattr(o, '__iter__'): return False
-    return not (isinstance(o, tuple) and o and isinstance(o[0], str))
-
-def _as_groups(params)->list: # what torch takes (tensors, named tensors, dicts), or the lesson's lists of tensors -> list of dicts
-    if isinstance(params, Tensor): raise TypeError('params is one tensor: give a list of parameters')
-    if isinstance(params, dict): params = [params]
-    params = list(params)
-    if not params: raise ValueError('no parameters: params is empty (a generator that was used before?)')
-    if any(map(_is_list, params)): return [dict(params=list(o)) if _is_list(o) else o for o in params]
-    groups = params if isinstance(params[0], dict) else [dict(params=params)]
-    return [dict(g) if isinstance(g, dict) else dict(params=[g]) for g in groups]
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-062
-def _check_params(group, i, seen)->None: # a group, its number, parameters of the groups before (id to place)
-    ps = group.get('params')
-    if ps is None: raise ValueError(f"parameter group {i} has no 'params'")
-    group['params'] = ps = [ps] if isinstance(ps, Tensor) else list(ps)
-    if not ps: raise ValueError(f'parameter group {i} is empty: no parameters')
-    for j, p in enumerate(ps):
-        where, t = f'parameter {j} of group {i}', p[1] if isinstance(p, tuple) else p
-        if isinstance(p, tuple): where += f' ({p[0]})'
-        if not isinstance(t, Tensor): raise TypeError(f'{where} is a {type(t).__name__}: a tensor is needed')
-        where += f', shape {tuple(t.shape)}'
-        if not t.is_leaf and not t.retains_grad:
-            raise ValueError(f'{where}, is no leaf (it was computed): give the tensor that it was computed from')
-        if id(t) in seen: raise ValueError(f'{where}, is given twice: it is {seen[id(t)]} already')
-        seen[id(t)] = f'parameter {j} of group {i}'
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-065
-def _apply(f, p, state, hyper):
-    res = f(p, **state, **hyper)
-    if res is not None and res is not p: raise TypeError(f'{_name(f)} returns something new: a stepper changes p in place, and returns it')
-
-def _chain(parts, p, state, hyper)->dict: # one tensor or a `TensorList` through all parts; -> its new state
-    before, stats, after = parts
-    for f in before: _apply(f, p, state, hyper)
-    for s in stats: state = s.update(p, state, **hyper)
-    for f in after: _apply(f, p, state, hyper)
-    return state
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-066
-def _run_tensors(parts, ps, states, hyper):
-    "Each tensor through all parts, one after the other."
-    for p, state in zip(ps, states):
-        g = p.grad
-        try: state.update(_chain(parts, p, state, hyper))
-        finally: p.grad = g # a part may have put another in its place
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-069
-_half = torch.float16, torch.bfloat16
-
-def _stand_in(p): # what steppers work on in place of `p`: of half precision a float32 copy, of complex numbers their two parts
-    if p.dtype in _half: q, g = p.detach().float(), p.grad.detach().float()
-    elif p.is_complex(): q, g = torch.view_as_real(p.detach()), torch.view_as_real(p.grad.detach())
-    else: return p
-    q.grad = g
-    return q
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-072
-def _is_tensors(o): return isinstance(o, (Tensor, TensorList))
-
-def _run_pack(parts, p, g, old, numbers, hyper)->dict: # `old`: the state's tensors; -> its numbers after the step
-    p.grad = g
-    try: new = _chain(parts, p, {**old, **numbers}, hyper)
-    finally: p.grad = g # a part may have put another in its place
-    for k, t in old.items():
-        if new[k] is not t: t.copy_(new[k])
-    last = {k: v for k, v in new.items() if not _is_tensors(v)}
-    if len(last) + len(old) != len(new): raise TypeError('a stat makes a new tensor of state in its update: make it in init_state')
-    return last
-
-def _run_list(parts, ps, states, hyper, size=None, cut=False):
-    "All tensors through a part at once; with `size`, a pack at a time; with `cut`, in pieces."
-    if not ps: return
-    keys = [k for k, v in states[0].items() if _is_tensors(v)]
-    numbers = {k: v for k, v in states[0].items() if not _is_tensors(v)}
-    rows, last = list(zip(ps, [p.grad for p in ps], *([s[k] for s in states] for k in keys))), numbers
-    for pack in packs(rows, size, cut) if size else [rows]:
-        p, g, *ts = pack[0] if len(pack) == 1 else map(TensorList, zip(*pack))
-        last = _run_pack(parts, p, g, dict(zip(keys, ts)), numbers, hyper)
-    for s in states: s.update(last)
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-075
-def _init(stats, p)->dict: # a state
-    state = {}
-    for o in stats:
-        new = o.init_state(p)
-        twice = [k for k in new if k in state]
-        if twice: raise ValueError(f'{o!r} keeps {twice[0]!r} in the state, and so does a stat before it')
-        state.update(new)
-    return state
-
-def _samples(stats, hyper, dtype=torch.float64): # small parameters with their states
-    gen, ps = torch.Generator().manual_seed(0), []
-    for shape in ((3,), (2, 3), (2, 1, 3, 3), (4, 4)):
-        p = torch.randn(shape, generator=gen, dtype=dtype)
-        p.grad = torch.randn(shape, generator=gen, dtype=dtype)
-        ps.append(p)
-    return ps, [_init(stats, p) for p in ps]
-
-def _trajectory(run, parts, hyper, steps=7, dtype=torch.float64): # -> all tensors and numbers at the end
-    ps, states = _samples(parts[1], hyper, dtype)
-    gen = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        run(parts, ps, states, hyper)
-        for p in ps: p.grad = torch.randn(p.shape, generator=gen, dtype=dtype)
-    return ps + [torch.as_tensor(s[k], dtype=dtype) for s in states for k in sorted(s)]
-
-def _agree(run, parts, hyper, want, dtype=torch.float64, tol=1e-9)->bool:
-    try: got = _trajectory(run, parts, hyper, dtype=dtype)
-    except Exception: return False
-    return len(got) == len(want) and all(a.shape == b.shape and torch.allclose(a, b, tol, tol, equal_nan=True) for a, b in zip(got, want))
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-076
-def trial(parts,    # steppers before the stats, stats, steppers after them
-          hyper,    # name to value
-         )->tuple:  # whether they may run over a list, and over pieces of tensors
-    "Run the parts on small copies, tensor by tensor, as a list and in pieces: what gives the same may be used."
-    as_list, in_pieces = _run_list, partial(_run_list, size=5, cut=True)
-    ok = [True, True]
-    with preserve_rng(cuda=False), torch.no_grad():
-        for h in (hyper, {k: .1 if v is False or v == 0 else v for k, v in hyper.items()}): # with what is off, and with it on
-            try: want = _trajectory(_run_tensors, deepcopy(parts), h)
-            except Exception: return False, False
-            ok = [o and _agree(run, deepcopy(parts), h, want) for o, run in zip(ok, (as_list, in_pieces))]
-    return ok[0], all(ok)
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-079
-def _fused_sgd(ps, gs, states, lr, mom=0., wd=0., nesterov=False, **kwargs)->dict: # numbers new to the states
-    bufs = [s['grad_avg'] for s in states] if 'grad_avg' in states[0] else []
-    torch._fused_sgd_(ps, gs, bufs, weight_decay=float(wd), momentum=mom if bufs else 0., lr=lr, dampening=0., nesterov=nesterov,
-                      maximize=False, is_first_step=False)
-    return {'mom_damp': 1.} if bufs else {}
-
-def _fused_adam(ps, gs, states, lr, mom, sqr_mom, eps, wd=0., name='_fused_adam_', **kwargs)->dict: # numbers new to the states
-    n = states[0]['step'] + 1
-    steps = [torch.full((), float(n), device=ps[0].device)]*len(ps)
-    getattr(torch, name)(ps, gs, [s['grad_avg'] for s in states], [s['sqr_avg'] for s in states], [], steps, lr=lr, beta1=mom,
-                         beta2=sqr_mom, weight_decay=float(wd), eps=eps, amsgrad=False, maximize=False)
-    return {'mom_damp': 1-mom, 'sqr_damp': 1-sqr_mom, 'step': n}
-
-def _is_big(p)->bool: return p.numel() > 4096 # elements: to wake another thread for fewer takes longer than the work
-
-def _run_fused(kernel, parts, ps, states, hyper):
-    "All tensors, small ones first, through one of torch's kernels. On a CPU that would wake all threads for each tensor, however small."
-    gs, n = [p.grad for p in ps], torch.get_num_threads()
-    k = bisect_left(ps, True, key=_is_big) if n > 1 and ps[0].device.type == 'cpu' else 0
-    if k < len(ps): new = kernel(ps[k:], gs[k:], states[k:], **hyper)
-    if k:
-        try:
-            torch.set_num_threads(1)
-            new = kernel(ps[:k], gs[:k], states[:k], **hyper)
-        finally: torch.set_num_threads(n)
-    if new.items() <= states[0].items(): return # as they agree in their numbers
-    for s in states: s.update(new)
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-080
-def _sgd_usable(plain, decay, first, h): return (plain or h['mom'] > 0) and (not decay or not h['wd'] or (plain and first))
-
-def _sgd_kernel(before, stats, after, nesterov=False):
-    "Torch's kernel for plain SGD and momentum."
-    main, decay = [f for f in after if f is not weight_decay], weight_decay in after
-    if len(main) != 1 or len(after) > 2 or before not in ([], [l2_reg]) or (decay and before): return None
-    plain = not stats and main[0] is sgd_step
-    if not plain and [_describe(s) for s in stats] != ['AverageGrad(dampening=False)']: return None
-    return partial(_fused_sgd, nesterov=nesterov), partial(_sgd_usable, plain, decay, after[0] is weight_decay)
-
-sgd_step.fused = momentum_step.fused = _sgd_kernel
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-081
-def _adam_usable(decay, first, h): return not decay or first or not h['wd']
-
-def _adam_kernel(before, stats, after):
-    "Torch's kernel for Adam and AdamW."
-    names, decay = ['AverageGrad(dampening=True)', 'AverageSqrGrad(dampening=True)', 'StepCount'], weight_decay in after
-    if sorted(map(_describe, stats)) != names or before not in ([], [l2_reg]) or (decay and before): return None
-    if sorted(map(_name, after)) != ['adam_step'] + ['weight_decay']*decay: return None
-    kernel = partial(_fused_adam, name='_fused_adamw_' if decay else '_fused_adam_')
-    return kernel, partial(_adam_usable, decay, after[0] is weight_decay)
-
-adam_step.fused = _adam_kernel
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-082
-def _kernel_agrees(found, parts, tol=1e-4)->bool: # tried on copies: torch keeps its kernels private, and may change them
-    kernel, usable = found
-    hyper = dict(lr=.1, mom=.9, sqr_mom=.99, eps=1e-3, wd=.1)
-    if not usable(hyper) or not any(f in (weight_decay, l2_reg) for f in [*parts[0], *parts[2]]): hyper['wd'] = 0.
-    try: want = _trajectory(_run_tensors, parts, hyper, dtype=torch.float32)
-    except Exception: return False
-    return _agree(partial(_run_fused, kernel), parts, hyper, want, dtype=torch.float32, tol=tol)
-
-def _fusable(optimizer):
-    "The kernel for an optimizer's parts, if torch has one that does the same: (kernel, usable(hyper)); else None."
-    for f in optimizer.steppers:
-        found = f.fused(*optimizer.parts) if hasattr(f, 'fused') else None
-        if found: return found if _kernel_agrees(found, optimizer.parts) else None
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-085
-engines = None, 'tensor', 'list', 'fused'
-_pack_size = 1 << 19 # elements for each thread: more fall out of the cache between two operations, fewer pay for more calls
-
-def _alike(p, g)->bool: # whether both lie in memory in the same order, without gaps
-    return (p.is_contiguous() and g.is_contiguous()) or (p.stride() == g.stride() and _dense(p))
-
-def _fits_kernel(ps)->bool: # parameters of one device and type
-    p = ps[0]
-    return p.device.type in ('cpu', 'cuda') and p.dtype in (torch.float32, torch.float64) and all(map(_alike, ps, [p.grad for p in ps]))
-
-def _pick_engine(opt, ps, hyper):
-    "The function that works on a bucket: the one asked for, else the quickest that is safe."
-    fused, (as_list, in_pieces), want = opt._fused, opt._trial, opt.engine
-    if want != 'tensor' and want != 'list' and fused and fused[1](hyper) and _fits_kernel(ps): return partial(_run_fused, fused[0])
-    if want == 'fused':
-        raise ValueError("engine='fused': torch has no kernel for these parts, hyperparameters or tensors: leave `engine` out")
-    if want == 'tensor' or not as_list: return _run_tensors
-    if ps[0].device.type != 'cpu': return _run_list
-    return partial(_run_list, size=_pack_size*torch.get_num_threads(), cut=in_pieces)
-
-def _check_engine(opt):
-    if opt.engine not in engines: raise ValueError(f'engine={opt.engine!r}: choose from {", ".join(map(repr, engines))}')
-    if opt.engine == 'list' and not opt._trial[0]:
-        raise ValueError("engine='list': these parts do not give the same over a list of tensors")
-    if opt.engine == 'fused' and not opt._fused: raise ValueError("engine='fused': torch has no kernel for these parts")
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-088
-def _bucketed(opt, ps, states)->list: # (parameters, states) that are on one device, of one type, and agree in the numbers of their state; small ones first
-    res = {}
-    for p, state in sorted(zip(ps, states), key=lambda o: _is_big(o[0])):
-        if not state: state.update(_init(opt.stats, _stand_in(p)))
-        numbers = tuple((k, v) for k, v in state.items() if not isinstance(v, Tensor))
-        res.setdefault((p.device, p.dtype, numbers), ([], []))
-        for l, o in zip(res[p.device, p.dtype, numbers], (p, state)): l.append(o)
-    return list(res.values())
-
-def _run_bucket(opt, ps, states, hyper):
-    if ps[0].dtype not in _half and not ps[0].is_complex(): return _pick_engine(opt, ps, hyper)(opt.parts, ps, states, hyper)
-    qs = [_stand_in(p) for p in ps]
-    _pick_engine(opt, qs, hyper)(opt.parts, qs, states, hyper)
-    if ps[0].dtype in _half: torch._foreach_copy_([p.detach() for p in ps], qs)
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-091
-def _same(a, b): return len(a) == len(b) and all(map(_is, a, b))
-
-def _check_grads(opt, i, ps):
-    for p in ps:
-        if p.grad.layout is not torch.strided:
-            j = next(j for j, o in enumerate(opt.param_groups[i]['params']) if o is p)
-            raise ValueError(f'parameter {j} of group {i}, shape {tuple(p.shape)}, has a sparse gradient: '
-                             'make the embedding with sparse=False')
-
-def _step_group(opt, i, pg): # its number, the group
-    ps, hyper = [p for p in pg['params'] if p.grad is not None], _hyper(pg)
-    if hyper != opt._checked.get(i):
-        _check_hypers(opt, hyper, i)
-        opt._checked[i] = hyper
-    if not ps: return
-    _check_grads(opt, i, ps)
-    was = opt._plans.get(i)
-    if was is None or not _same(was[0], ps) or not _same(was[1], opt.state.values()):
-        buckets = _bucketed(opt, ps, [opt.state[p] for p in ps])
-        opt._plans[i] = was = ps, list(opt.state.values()), buckets
-    for bucket in was[2]: _run_bucket(opt, *bucket, hyper)
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-094
-_torch_keys = {'params', 'param_names', 'name', 'initial_lr', 'max_lr', 'min_lr', 'max_momentum', 'base_momentum', 'swa_lr', 'lr_scale'}
-
-def _hyper(pg)->dict: # a group's hyperparameters
-    return {k: v for k, v in pg.items() if k not in _torch_keys}
-
-def _order(f): return getattr(f, '_order', 0)
-
-def _check_parts(steppers, stats):
-    if not steppers or not all(map(callable, steppers)):
-        raise TypeError(f'steppers={steppers!r}: a function of (p, lr, ..., **kwargs) or several are needed')
-    for s in stats:
-        if isinstance(s, type) or not (hasattr(s, 'init_state') and hasattr(s, 'update')):
-            raise TypeError(f'{_name(s) if not isinstance(s, type) else s.__name__} is no stat: give an instance of a Stat')
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-095
-def _vocabulary(opt)->tuple: # hyperparameters that the parts use; (part, name) of those that they cannot do without
-    needs = [(_name(o), k, optional) for o in opt.all_parts for k, optional in _needs(o).items() if k not in opt._provided]
-    used = {k for _, k, _ in needs}.union(*(get_defaults(o) for o in opt.all_parts)) - opt._provided
-    return used, [(part, k) for part, k, optional in needs if not optional]
-
-def _provided(stats, hyper)->set: # names in the state, as the stats leave it
-    p, state = _samples(stats, hyper)[0][1], {}
-    with torch.no_grad():
-        try: state = _chain(([], stats, []), p, _init(stats, p), hyper)
-        except TypeError as e:
-            if 'missing' not in str(e): raise
-            state = _init(stats, p)
-    return set(state)
-
-def _check_hypers(opt, group, i):
-    used, needed = opt._vocabulary
-    for k, v in group.items():
-        if k in _torch_keys or k.startswith('initial_'): continue
-        if k in opt._provided: raise ValueError(f'{k!r} is a name in the state of these parts: it cannot be a hyperparameter too')
-        if k not in used: raise TypeError(f'no part uses the hyperparameter {k!r}: {_nearest(k, used)}')
-        check_hyper(k, v)
-    for part, k in needed:
-        if k not in group: raise TypeError(f'{part} needs the hyperparameter {k!r}, and nobody gives it (group {i}): pass {k}=...')
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-097
-_kept = 'steppers stats engine parts _provided _vocabulary _trial _fused'.split()
-
-def _check_one(opt, state, p, where):
-    if not state: return
-    like = torch.empty_like(p, device='meta').detach()
-    like.grad = torch.empty_like(like)
-    want = _init(opt.stats, _stand_in(like))
-    odd = (set(want) - set(state)) | (set(state) - set(want) - opt._provided)
-    if odd: raise ValueError(f'this is the state of another optimizer: {where} differs in {", ".join(sorted(odd))}')
-    for k, v in want.items():
-        if isinstance(v, Tensor) and v.shape != getattr(state[k], 'shape', None):
-            raise ValueError(f'{k} of {where} has shape {tuple(getattr(state[k], "shape", ()))} in the state: {tuple(v.shape)} is needed')
-
-def _check_state(opt, sd):
-    if 'param_groups' not in sd or 'state' not in sd: raise ValueError("this is no optimizer's state: it has no 'param_groups' and 'state'")
-    mine, its = [_describe(o) for o in opt.all_parts], sd.get('parts')
-    if its is not None and its != mine:
-        raise ValueError(f'this is the state of another optimizer: its parts are {", ".join(its)}, here {", ".join(mine)}')
-    groups = sd['param_groups']
-    if len(groups) != len(opt.param_groups):
-        raise ValueError(f'the state has {len(groups)} parameter groups, the optimizer {len(opt.param_groups)}')
-    for i, (a, b) in enumerate(zip(groups, opt.param_groups)):
-        lacks = [k for k in _hyper(b) if k not in a]
-        if lacks:
-            raise ValueError(f'this is the state of another optimizer: group {i} has no {", ".join(lacks)} (from torch: `from_torch`)')
-        if len(a['params']) != len(b['params']):
-            raise ValueError(f"group {i} of the state has {len(a['params'])} parameters, the optimizer's {len(b['params'])}")
-        for j, (k, p) in enumerate(zip(a['params'], b['params'])): _check_one(opt, sd['state'].get(k), p, f'parameter {j} of group {i}')
-
-def _exact_state(opt, sd): # torch rounds what it loads to the parameter's type: here the state keeps its own
-    for a, b in zip(sd['param_groups'], opt.param_groups):
-        for k, p in zip(a['params'], b['params']):
-            for name, v in sd['state'].get(k, {}).items():
-                opt.state[p][name] = v.detach().clone().to(p.device) if isinstance(v, Tensor) else v
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-099
-def _as_text(opt)->str:
-    lines = [f'{type(opt).__name__}({" -> ".join(_describe(o) for o in opt.all_parts)})']
-    for i, pg in enumerate(opt.param_groups):
-        ps, hs = pg['params'], ', '.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k, v in _hyper(pg).items())
-        lines.append(f'  group {i}: {len(ps)} tensors, {sum(p.numel() for p in ps):,} elements; {hs}')
-    return '\n'.join(lines)
-
-def _as_formula(opt)->str: # Markdown
-    rows = [getattr(o, 'formula', r'\text{%s}' % _name(o).replace('_', r'\_')) for o in opt.all_parts]
-    pg = opt.param_groups[0]
-    lines = r' \\ '.join('&' + r for r in rows)
-    hs = ', '.join(f'{k}={v}' for k, v in _hyper(pg).items())
-    return f'**{type(opt).__name__}**: {hs}\n\n$$\\begin{{aligned}}{lines}\\end{{aligned}}$$'
+lamb_step._defaults, lamb_step.foreach = dict(eps=1e-6, wd=0., max_ratio=10.), True
+lamb_step.formula = (r'u = \frac{m/d_1}{\sqrt{v/d_2}+\epsilon}+\lambda p,\quad '
+                     r'p \leftarrow p - \eta\,\min\!\left(\frac{|p|}{|u|},r\right)u')
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-101
-def _is_watched(opt)->bool: # whether its steps have hooks, or a profiler is at work
-    try: return bool(opt._optimizer_step_pre_hooks or opt._optimizer_step_post_hooks or torch_optimizer._global_optimizer_pre_hooks
-                     or torch_optimizer._global_optimizer_post_hooks or torch.autograd._profiler_enabled())
-    except AttributeError: return True # torch keeps these names private, and may change them
-
-
-class Optimizer(torch.optim.Optimizer):
+class Optimizer(GroupsAndStates):
     "Runs steppers over groups of parameters. Hyperparameters are their arguments: one dict of them for each group."
     stats = ()
-    def __init__(self, params, # tensors, named tensors, torch's groups (dicts), or lists of tensors, one a group; generators too
+    def __init__(self, params, # tensors, named tensors, torch's groups (dicts), or lists of tensors, one a group
                  steppers,     # function of (p, lr, ..., **kwargs), or several: they change `p` in place, and return it
-                 engine=None,  # 'tensor', 'list' or 'fused'; None: the quickest that is safe
-                 **hypers):    # for all groups that have none of their own
-        self.steppers, self.stats, self.engine = sorted(listify(steppers), key=_order), listify(self.stats), engine
-        _check_parts(self.steppers, self.stats)
-        self.parts = ([f for f in self.steppers if _order(f) < 0], self.stats, [f for f in self.steppers if _order(f) >= 0])
+                 engine=None,  # None: what parts declare; 'tensor', 'fused'; 'list': undeclared parts too, at your risk
+                 **hypers):    # for all groups that do not have their own
+        self.set_parts(listify(steppers), listify(self.stats), engine)
+        hypers = self.names.translate(hypers)
         maybe_update(self.all_parts, hypers, get_defaults)
-        self._plans, self._checked = {}, {}
-        groups = _as_groups(params)
-        self._provided = _provided(self.stats, {**hypers, **_hyper(groups[0])})
-        self._vocabulary = _vocabulary(self)
-        super().__init__(groups, hypers)
-        self._trial = trial(self.parts, _hyper(self.param_groups[0])) if engine != 'tensor' else (False, False)
-        with torch.no_grad(): self._fused = _fusable(self) if engine in (None, 'fused') else None
-        _check_engine(self)
-
-    @property
-    def all_parts(self)->list: # in the order in which they run
-        return [*self.parts[0], *self.parts[1], *self.parts[2]]
-
-    @property
-    def hypers(self)->list: # a dict for each group; beside the hyperparameters it holds 'params'
-        return self.param_groups
-
-    def add_param_group(self, param_group:dict): # has 'params'; what else it has goes before the hyperparameters of all groups
-        "Add a group of parameters."
-        group, i = dict(param_group), len(self.param_groups)
-        seen = {id(p): f'parameter {j} of group {k}' for k, pg in enumerate(self.param_groups) for j, p in enumerate(pg['params'])}
-        _check_params(group, i, seen)
-        _check_hypers(self, {**self.defaults, **group}, i)
-        super().add_param_group(group)
-        self._plans.clear()
+        super().__init__(as_groups(params), hypers)
 
     @torch.no_grad()
-    def _step(self, closure=None):
+    def step(self, closure=None): # computes the loss and its gradients anew, and returns it
+        "One step for every parameter that has a gradient."
         loss = None
         if closure is not None:
             with torch.enable_grad(): loss = closure()
-        for i, pg in enumerate(self.param_groups): _step_group(self, i, pg)
+        for ps, states, hyper in self.checked_groups():
+            try: self.step_group(ps, states, hyper)
+            finally: increment_version(ps) # tells autograd, which does not see what is changed by `p.data`
         return loss
 
-    _watched_step = torch.optim.Optimizer.profile_hook_step(_step) # with hooks, and a record for the profiler: a tenth of a small network's step
+    def step_group(self, ps, states, hyper): # parameters, a dict for each, name to value
+        qs = list(map(stand_in, ps))
+        if self.engine != 'tensor' and (self.foreach or self.engine == 'list'):
+            step_lists(self.chain, qs, states, hyper, self.kernel_for(hyper), self.engine == 'fused')
+        else:
+            for q, state in zip(qs, states): self.step_one(q, state, hyper)
+        round_back(ps, qs)
 
-    def step(self, closure=None): # computes the loss and its gradients anew, and returns it
-        "One step for every parameter that has a gradient."
-        return self._watched_step(closure) if _is_watched(self) else self._step(closure)
-    step.hooked = True # torch wraps it no further
+    def step_one(self, p, state, hyper):
+        g = p.grad
+        try: state.update(self.chain(p, state, hyper))
+        finally: p.grad = g # a part may have put another in its place
 
-    def state_dict(self): return {**super().state_dict(), 'parts': [_describe(o) for o in self.all_parts]}
+    def chain(self, p, state, hyper)->dict: # one tensor, or a list of them, through all parts; -> its new state
+        before, stats, after = self.parts
+        try:
+            for f in before: _apply(f, p, state, hyper)
+            for s in stats: state = s.update(p, state, **hyper)
+            for f in after: _apply(f, p, state, hyper)
+        except TypeError as e:
+            if 'argument' in str(e): e.add_note(_note(state, hyper))
+            raise
+        return state
 
-    def load_state_dict(self, state_dict:dict): # as `state_dict` gives it, of an optimizer of the same parts and shapes
-        "Go on from a state."
-        _check_state(self, state_dict)
-        super().load_state_dict(state_dict)
-        _exact_state(self, state_dict)
-        self._plans, self._checked = {}, {}
 
-    def __getstate__(self):
-        return {**super().__getstate__(), **{k: self.__dict__[k] for k in _kept if k in self.__dict__}, '_plans': {}, '_checked': {}}
+def _note(state, hyper):
+    return (f'In the state are {", ".join(state) or "no names"}; hyperparameters are {", ".join(hyper)}. '
+            'A stepper gets both by name; a stat takes the first from the state, as state[name].')
 
-    def __repr__(self): return _as_text(self)
-    def _repr_markdown_(self): return _as_formula(self)
+def _apply(f, p, state, hyper):
+    res = f(p, **state, **hyper)
+    if res is None or res is p: return
+    raise TypeError(f'{part_name(f)} returns something new: a stepper changes p in place, and returns it')
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-102
 class StatefulOptimizer(Optimizer):
@@ -665,17 +256,24 @@ sgd_opt = partial(Optimizer, steppers=[weight_decay, sgd_step])
 sgd_mom_opt = partial(StatefulOptimizer, steppers=[momentum_step, weight_decay], stats=[AverageGrad()], wd=.01)
 
 
-def adam_opt(xtra_step=None, # further steppers
-             **hypers,       # `mom`, `sqr_mom`, `eps`, `wd`, `lr`
-            ):               # function of parameters to an optimizer
-    "Adam; with `wd` AdamW."
-    return partial(StatefulOptimizer, steppers=[weight_decay, adam_step, *listify(xtra_step)],
-                   stats=[AverageGrad(dampening=True), AverageSqrGrad(), StepCount()], **hypers)
+def _with_steps(xtra, steppers, stats, hypers): # -> function of parameters to an optimizer
+    more = listify(xtra)                        # parameters? then the optimizer
+    if all(callable(o) and not isinstance(o, torch.nn.Module) for o in more):
+        return partial(StatefulOptimizer, steppers=[*steppers, *more], stats=stats, **hypers)
+    return StatefulOptimizer(more, steppers, stats, **hypers)
+
+def _adam_stats(): return [AverageGrad(dampening=True), AverageSqrGrad(), StepCount()]
 
 
-def lamb_opt(xtra_step=None, # further steppers
-             **hypers,       # `mom`, `sqr_mom`, `eps`, `wd`, `max_ratio`, `lr`
+def adam_opt(xtra_step=None, # further steppers; or parameters, and the optimizer is made at once
+             **hypers,       # `lr`, `mom`, `sqr_mom`, `eps`, `wd`
             ):               # function of parameters to an optimizer
-    "LAMB."
-    return partial(StatefulOptimizer, steppers=[lamb_step, *listify(xtra_step)],
-                   stats=[AverageGrad(dampening=True), AverageSqrGrad(), StepCount()], **hypers)
+    "Adam; with `wd` AdamW. The defaults are sqr_mom=0.99, eps=1e-5, wd=0; torch's are 0.999, 1e-8, and 0.01 for AdamW."
+    return _with_steps(xtra_step, [weight_decay, adam_step], _adam_stats(), hypers)
+
+
+def lamb_opt(xtra_step=None, # as for `adam_opt`
+             **hypers,       # `lr`, `mom`, `sqr_mom`, `eps`, `wd`, `max_ratio`
+            ):               # function of parameters to an optimizer
+    "LAMB. The defaults are sqr_mom=0.99, eps=1e-6, wd=0, max_ratio=10; timm's are 0.999, 1e-6, 0.01, and no limit."
+    return _with_steps(xtra_step, [lamb_step], _adam_stats(), hypers)

@@ -379,7 +379,7 @@ def _look(loop): # attribute -> (something that differs when it was changed, tex
     res = {k: (_mark(v), _text(v)) for k in sorted(names) for v in [getattr(loop, k)]}
     for i, pg in enumerate(loop.opt.param_groups): res |= {f'opt[{i}].{k}': (v, _text(v)) for k, v in pg.items() if isinstance(v, (int, float))}
     ps = list(loop.model.parameters())
-    res['weights'] = tuple((id(p), repr(p.detach().double().norm().item())) for p in ps), 'changed' # read: our optimizers write past torch's count of changes
+    res['weights'] = tuple((id(p), repr(p.detach().double().norm().item())) for p in ps), 'changed' # read: what is written by `p.data` is not in torch's count of changes
     res['gradients'] = tuple(None if p.grad is None else (id(p.grad), p.grad._version) for p in ps), 'None' if all(p.grad is None for p in ps) else 'there'
     res['training mode'] = (tuple(m.training for m in loop.model.modules()),)*2
     res['training mode'] = res['training mode'][0], 'on' if any(res['training mode'][0]) else 'off'

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from .callbacks import Callback
 from .core import Table, listify
-from .optimizers import (AverageGrad, AverageSqrGrad, Optimizer, Stat, StatefulOptimizer, StepCount, _describe, _hyper,
-                               _sgd_kernel, adam_step, debias, l2_reg, lamb_step, lamb_update, momentum_step, sgd_step, trust_ratio,
-                               weight_decay)
+from .foreach import part_name
+from .groups import hyper_of
+from .optimizers import (AverageGrad, AverageSqrGrad, Optimizer, Stat, StatefulOptimizer, StepCount, adam_step, debias,
+                               l2_reg, lamb_direction, lamb_step, momentum_step, sgd_step, trust_ratio, weight_decay)
 
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-007
 def nesterov_step(p, lr, mom, grad_avg, **kwargs):
@@ -29,12 +30,12 @@ def nesterov_step(p, lr, mom, grad_avg, **kwargs):
     p.data.add_(p.grad.data.add(grad_avg, alpha=mom), alpha=-lr)
     return p
 
-nesterov_step.formula, nesterov_step.fused = r'p \leftarrow p - \eta\,(g + \beta_1 m)', partial(_sgd_kernel, nesterov=True)
+nesterov_step.foreach, nesterov_step.formula = True, r'p \leftarrow p - \eta\,(g + \beta_1 m)'
 
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-010
 class LionGrad(Stat):
     "Lion's gradient is the sign of a mix of average and gradient; the average is moved after that (arXiv 2302.06675)."
-    _defaults = dict(mom=.9, sqr_mom=.99)
+    _defaults, keeps, foreach = dict(mom=.9, sqr_mom=.99), ('grad_avg',), True
     formula = r"g,\,m \leftarrow \operatorname{sign}(\beta_1 m + (1-\beta_1)g),\ \beta_2 m + (1-\beta_2)g"
     def init_state(self, p): return {'grad_avg': torch.zeros_like(p)}
 
@@ -50,12 +51,13 @@ def rms_step(p, lr, eps, sqr_avg, **kwargs):
     p.data.addcdiv_(p.grad.data, sqr_avg.sqrt().add_(eps), value=-lr)
     return p
 
-rms_step._defaults, rms_step.formula = dict(eps=1e-8), r'p \leftarrow p - \eta\,\frac{g}{\sqrt v+\epsilon}'
+rms_step._defaults, rms_step.foreach = dict(eps=1e-8), True
+rms_step.formula = r'p \leftarrow p - \eta\,\frac{g}{\sqrt v+\epsilon}'
 
 
 class MeanGrad(Stat):
     "Average of gradients with the memory of the squares."
-    formula = r'c \leftarrow \beta_2 c + (1-\beta_2)\, g'
+    keeps, foreach, formula = ('mean_grad',), True, r'c \leftarrow \beta_2 c + (1-\beta_2)\, g'
     def init_state(self, p): return {'mean_grad': torch.zeros_like(p)}
 
     def update(self, p, state, sqr_mom, **kwargs):
@@ -68,12 +70,13 @@ def centred_rms_step(p, lr, eps, sqr_avg, mean_grad, **kwargs):
     p.data.addcdiv_(p.grad.data, sqr_avg.addcmul(mean_grad, mean_grad, value=-1).sqrt_().add_(eps), value=-lr)
     return p
 
-centred_rms_step._defaults, centred_rms_step.formula = dict(eps=1e-8), r'p \leftarrow p - \eta\,\frac{g}{\sqrt{v-c^2}+\epsilon}'
+centred_rms_step._defaults, centred_rms_step.foreach = dict(eps=1e-8), True
+centred_rms_step.formula = r'p \leftarrow p - \eta\,\frac{g}{\sqrt{v-c^2}+\epsilon}'
 
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-014
 class SumSqrGrad(Stat):
     "Sum of squared gradients: an average that forgets nothing."
-    formula = r'v \leftarrow v + g^2'
+    keeps, foreach, formula = ('sqr_avg',), True, r'v \leftarrow v + g^2'
     def init_state(self, p): return {'sqr_avg': torch.zeros_like(p)}
 
     def update(self, p, state, **kwargs):
@@ -83,7 +86,7 @@ class SumSqrGrad(Stat):
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-017
 class DeltaGrad(Stat):
     "Adadelta's gradient has the units of the parameter: scaled by its own past steps (arXiv 1212.5701)."
-    _defaults = dict(eps=1e-6)
+    _defaults, keeps, foreach = dict(eps=1e-6), ('sqr_delta',), True
     formula = r'g \leftarrow \sqrt{\tfrac{x+\epsilon}{v+\epsilon}}\,g,\ x \leftarrow \beta_2 x + (1-\beta_2)\,g^2'
     def init_state(self, p): return {'sqr_delta': torch.zeros_like(p)}
 
@@ -96,7 +99,7 @@ class DeltaGrad(Stat):
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-019
 class MaxSqrAvg(Stat):
     "The largest average of squares so far (arXiv 1904.09237)."
-    formula = r'\hat v \leftarrow \max(\hat v, v)'
+    keeps, foreach, formula = ('max_sqr',), True, r'\hat v \leftarrow \max(\hat v, v)'
     def init_state(self, p): return {'max_sqr': torch.zeros_like(p)}
 
     def update(self, p, state, **kwargs):
@@ -108,12 +111,14 @@ def amsgrad_step(p, lr, max_sqr, sqr_avg, **kwargs):
     "Adam with the largest average of squares."
     return adam_step(p, lr, sqr_avg=max_sqr, **kwargs)
 
-amsgrad_step._defaults, amsgrad_step.formula = dict(eps=1e-8), r'p \leftarrow p - \eta\,\frac{m/d_1}{\sqrt{\hat v/d_2}+\epsilon}'
+amsgrad_step._defaults, amsgrad_step.foreach = dict(eps=1e-8), True
+amsgrad_step.formula = r'p \leftarrow p - \eta\,\frac{m/d_1}{\sqrt{\hat v/d_2}+\epsilon}'
 
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-020
 class MaxGrad(Stat):
     "The largest gradient, slowly forgotten: Adam's squares in the limit of an infinite power."
-    _defaults, formula = dict(sqr_mom=.999, eps=1e-8), r'v \leftarrow \max(\beta_2 v,\, |g|+\epsilon)'
+    _defaults, keeps, foreach = dict(sqr_mom=.999, eps=1e-8), ('max_grad',), True
+    formula = r'v \leftarrow \max(\beta_2 v,\, |g|+\epsilon)'
     def init_state(self, p): return {'max_grad': torch.zeros_like(p)}
 
     def update(self, p, state, sqr_mom, eps, **kwargs):
@@ -126,12 +131,13 @@ def adamax_step(p, lr, mom, mom_damp, step, grad_avg, max_grad, **kwargs):
     p.data.addcdiv_(grad_avg, max_grad, value=-lr/debias(mom, mom_damp, step))
     return p
 
-adamax_step.formula = r'p \leftarrow p - \eta\,\frac{m/d_1}{v}'
+adamax_step.foreach, adamax_step.formula = True, r'p \leftarrow p - \eta\,\frac{m/d_1}{v}'
 
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-022
 class NesterovProduct(Stat):
     r"NAdam's momentum $\mu_t$ grows with the steps; its product $\Pi_t$ debiases."
-    _defaults, formula = dict(mu_decay=.004), r'\mu_t = \beta_1(1-\tfrac12 0.96^{t\delta}),\ \Pi \leftarrow \Pi\mu_t'
+    _defaults, keeps, foreach = dict(mu_decay=.004), ('mu', 'mu_next', 'mu_product'), True
+    formula = r'\mu_t = \beta_1(1-\tfrac12 0.96^{t\delta}),\ \Pi \leftarrow \Pi\mu_t'
     def init_state(self, p): return {'mu': 0., 'mu_next': 0., 'mu_product': 1.}
 
     def update(self, p, state, mom, mu_decay, **kwargs):
@@ -146,7 +152,7 @@ def nadam_step(p, lr, eps, step, sqr_mom, sqr_damp, grad_avg, sqr_avg, mu, mu_ne
     p.data.addcdiv_(grad_avg, denom, value=-lr*mu_next/(1-mu_product*mu_next))
     return p
 
-nadam_step._defaults = dict(eps=1e-8)
+nadam_step._defaults, nadam_step.foreach = dict(eps=1e-8), True
 nadam_step.formula = (r'p \leftarrow p - \frac{\eta}{\sqrt{v/d_2}+\epsilon}'
                       r'\left(\frac{1-\mu_t}{1-\Pi}g+\frac{\mu_{t+1}}{1-\Pi\mu_{t+1}}m\right)')
 
@@ -165,7 +171,7 @@ def radam_step(p, lr, mom, mom_damp, step, sqr_mom, sqr_damp, grad_avg, sqr_avg,
     else: p.data.add_(grad_avg, alpha=-lr/d1)
     return p
 
-radam_step._defaults = dict(eps=1e-8)
+radam_step._defaults, radam_step.foreach = dict(eps=1e-8), True
 radam_step.formula = r'p \leftarrow p - \eta\, r_t\,\frac{m/d_1}{(\sqrt v+\epsilon)/\sqrt{d_2}}'
 
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-028
@@ -181,7 +187,7 @@ def lars_grad(p, wd, trust, eps, **kwargs):
     p.grad = p.grad.data.add(p.data, alpha=wd).mul_(ratio) if wd else p.grad.data.mul(ratio)
     return p
 
-lars_grad._defaults, lars_grad._order = dict(wd=0., trust=.001, eps=1e-8), -1
+lars_grad._defaults, lars_grad._order, lars_grad.foreach = dict(wd=0., trust=.001, eps=1e-8), -1, True
 lars_grad.formula = r'g \leftarrow c\,\frac{|p|}{|g|+\lambda|p|+\epsilon}\,(g+\lambda p)'
 
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-030
@@ -219,7 +225,8 @@ muon_step.formula = r'p \leftarrow (1-\eta\lambda)\,p - \eta\sqrt{\max(1,\tfrac{
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-035
 class RpropSizes(Stat):
     "A step size for each number: it grows while the gradient keeps its sign, and shrinks where it turns."
-    _defaults, formula = dict(grow=1.2, shrink=.5, least=1e-6, most=50.), r's \leftarrow s\,f_\pm,\ g \leftarrow s\,\operatorname{sign}(g)'
+    _defaults, keeps = dict(grow=1.2, shrink=.5, least=1e-6, most=50.), ('prev', 'sizes', 'begun')
+    foreach, formula = True, r's \leftarrow s\,f_\pm,\ g \leftarrow s\,\operatorname{sign}(g)'
     def init_state(self, p): return {'prev': torch.zeros_like(p), 'sizes': torch.zeros_like(p), 'begun': False}
 
     def update(self, p, state, lr, grow, shrink, least, most, **kwargs):
@@ -235,12 +242,12 @@ def whole_step(p, **kwargs):
     p.data.sub_(p.grad.data)
     return p
 
-whole_step.formula = r'p \leftarrow p - g'
+whole_step.foreach, whole_step.formula = True, r'p \leftarrow p - g'
 
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-037
 class SlowWeights(Stat):
     "A second set of weights, which follows slowly."
-    formula = r's_0 = p_0'
+    keeps, foreach, formula = ('slow',), True, r's_0 = p_0'
     def init_state(self, p): return {'slow': p.detach().clone()}
     def update(self, p, state, **kwargs): return state
 
@@ -250,7 +257,7 @@ def lookahead_step(p, step, slow, slow_every, slow_share, **kwargs):
     if step % slow_every == 0: p.data.copy_(slow.lerp_(p.data, slow_share))
     return p
 
-lookahead_step._defaults, lookahead_step._order = dict(slow_every=6, slow_share=.5), 50
+lookahead_step._defaults, lookahead_step._order, lookahead_step.foreach = dict(slow_every=6, slow_share=.5), 50, True
 lookahead_step.formula = r'\text{every } k \text{ steps:}\quad s, p \leftarrow s + \alpha\,(p-s)'
 
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-038
@@ -321,7 +328,7 @@ OPTIMIZERS = {name: Entry(name, *rest) for name, *rest in _entries()}
 
 def optimizers_table()->Table:
     "The zoo: names, parts, papers, references."
-    rows = [[e.name, ' '.join(_describe(o) for o in e.opt.all_parts), e.paper, e.reference] for e in OPTIMIZERS.values()]
+    rows = [[e.name, ' '.join(part_name(o) for o in e.opt.all_parts), e.paper, e.reference] for e in OPTIMIZERS.values()]
     return Table(['name', 'parts', 'paper', 'checked against'], rows)
 
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-052
@@ -331,7 +338,7 @@ _families = {'momentum_step': (torch.optim.SGD, dict(grad_avg='momentum_buffer')
 
 def _family(opt): # -> torch's class, its options, our name to its name in the state
     before, stats, after = opt.parts
-    names, stat_names = [f.__name__ for f in (*before, *after)], [_describe(s) for s in stats]
+    names, stat_names = [f.__name__ for f in (*before, *after)], [part_name(s) for s in stats]
     adam = ['AverageGrad(dampening=True)', 'AverageSqrGrad(dampening=True)', 'StepCount']
     if sorted(stat_names) == adam and names in (['adam_step'], ['l2_reg', 'adam_step']): return torch.optim.Adam, {}, _adam_state
     if sorted(stat_names) == adam and names == ['weight_decay', 'adam_step']: return torch.optim.AdamW, {}, _adam_state
@@ -340,7 +347,7 @@ def _family(opt): # -> torch's class, its options, our name to its name in the s
     if len(main) == 1 and main[0] in _families and stat_names in ([], ['AverageGrad(dampening=False)']):
         cls, names = _families[main[0]]
         return cls, dict(nesterov=True) if main[0] == 'nesterov_step' else {}, names
-    its = ', '.join(_describe(o) for o in opt.all_parts)
+    its = ', '.join(part_name(o) for o in opt.all_parts)
     raise ValueError(f'to_torch: torch has no optimizer of the parts {its}; SGD, Adam and AdamW have one')
 
 def _torch_group(cls, pg)->dict: # a group's hyperparameters as torch calls them
@@ -406,22 +413,21 @@ def decay_groups(model:nn.Module, # its parameters
     norms = {id(p) for m in model.modules() if 'Norm' in type(m).__name__ for p in m._parameters.values() if p is not None}
     free = [p for p in ps if p.ndim < 2 or id(p) in norms]
     ids = {id(p) for p in free}
-    groups = [dict(params=[p for p in ps if id(p) not in ids], wd=wd), dict(params=free, wd=0.)]
+    groups = [dict(params=[p for p in ps if id(p) not in ids], wd=wd, weight_decay=wd), dict(params=free, wd=0., weight_decay=0.)]
     return [g for g in groups if g['params']]
 
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-061
 def _lamb_ratio(p, max_ratio=None, **kwargs):
-    update, factor = lamb_update(p, **kwargs)
-    return trust_ratio(p.data, update, max_ratio, factor)
+    return trust_ratio(p.data, lamb_direction(p, **kwargs), max_ratio)
 
 
 def layer_ratios(opt:Optimizer)->list: # (parameter, number in a tensor on its device), of parameters with state and gradient
     "LAMB's or LARS's ratio for each parameter as it stands now."
     ratio = next((_ratios[f] for f in opt.steppers if f in _ratios), None)
     if ratio is None:
-        raise ValueError(f'layer_ratios: no part of {", ".join(_describe(o) for o in opt.all_parts)} has a ratio: LAMB and LARS have')
+        raise ValueError(f'layer_ratios: no part of {", ".join(part_name(o) for o in opt.all_parts)} has a ratio: LAMB and LARS have')
     with torch.no_grad():
-        return [(p, ratio(p, **opt.state.get(p, {}), **_hyper(pg)))
+        return [(p, ratio(p, **opt.state.get(p, {}), **hyper_of(pg)))
                 for pg in opt.param_groups for p in pg['params'] if p.grad is not None and (opt.state.get(p) or not opt.stats)]
 
 _ratios = {lamb_step: _lamb_ratio, lars_grad: lars_ratio}

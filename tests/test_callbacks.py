@@ -276,6 +276,31 @@ def test_a_schedule_for_each_group_and_for_another_hyperparameter():
     torch.testing.assert_close(torch.tensor(seen[1]), torch.tensor([[1/3, 0.8], [2/3, 0.8]]))
     assert [(pg['lr'], pg['momentum']) for pg in learn.opt.param_groups] == [(1., 0.5)]*2
 
+class Thaws(Callback):
+    "Adds a group of parameters in the third batch."
+    _order = 5
+    def begin_fit(self): self.extra = nn.Parameter(torch.zeros(2))
+    def begin_batch(self):
+        if self.run.in_train and self.run.n_iter == 2: self.opt.add_param_group(dict(params=[self.extra], lr=0.5))
+
+def test_a_group_added_within_a_fit_is_scheduled_and_recorded():
+    rec, learn = Recorder(), bundle(lr=0.7)
+    fit([rec, Thaws(), ParamScheduler('lr', sched_lin(1., 0.))], epochs=2, learn=learn)
+    want = [1 - i/6 for i in range(6)]
+    torch.testing.assert_close(torch.tensor(rec.group_lrs[0]), torch.tensor(want))
+    torch.testing.assert_close(torch.tensor(rec.group_lrs[1]), torch.tensor([math.nan, math.nan, 0.5, *want[3:]]), equal_nan=True) # scheduled from the next batch on
+    assert [len(l) for l in rec.group_moms] == [6, 6] and rec.lrs is rec.group_lrs[1]
+    assert rec.state_dict()['lrs'].shape == (2, 6)
+    assert [pg['lr'] for pg in learn.opt.param_groups] == [0.7, 0.5] # all as they were
+
+def test_a_group_without_a_schedule_is_refused_by_name():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    learn = bundle(model=model)
+    learn.opt = torch.optim.SGD([dict(params=m.parameters()) for m in model], lr=1.)
+    with pytest.raises(ValueError, match=r"ParamScheduler\('lr'\): 2 parameter groups when the fit began, and now 3"):
+        fit([Thaws(), ParamScheduler('lr', [sched_lin(0., 1.), sched_lin(0., 2.)])], epochs=2, learn=learn)
+    assert [pg['lr'] for pg in learn.opt.param_groups] == [1., 1., .5]
+
 def test_an_unknown_hyperparameter_is_named_with_those_there_are():
     for pname in ('mom', 'params'):
         with pytest.raises(ValueError, match=rf"ParamScheduler\('{pname}'\): .* it has lr, momentum") as e: fit(ParamScheduler(pname, sched_lin(1, 0)))

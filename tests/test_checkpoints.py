@@ -1032,6 +1032,46 @@ def test_weights_are_saved_and_loaded():
     third.load('later.state', with_opt=False)
     with pytest.raises(ValueError, match='later.state is of another model, and nothing was loaded'): learner(model=net(9)).load('later.state')
 
+@pytest.mark.parametrize('opt_func', [sgd_mom_opt, adam_opt(), partial(torch.optim.SGD, momentum=.9)])
+def test_the_rate_asked_for_survives_loading(opt_func, capsys):
+    "A file that was trained with another rate, or saved within a schedule, gives weights and averages."
+    class Saves(Callback):
+        _order = 50
+        def after_batch(self):
+            if self.run.in_train and self.run.n_iter == 3: self.run.save('mid.state')
+    first = learner(Saves(), ParamScheduler('lr', sched_cos(0.2, 0.01)), opt_func=opt_func)
+    first.fit(1)
+    first.save('end.state')
+    torch.optim.lr_scheduler.StepLR(first.opt, 1) # leaves its own word in the groups
+    first.save('torch.state')
+    for name in 'mid.state', 'end.state', 'torch.state':
+        learn = learner(opt_func=opt_func, lr=.001)
+        capsys.readouterr()
+        learn.load(name)
+        there = read_state(name, 'weights')['opt']['param_groups'][0]['lr']
+        assert capsys.readouterr().out == f"{name}: weights and the optimizer's state are loaded; lr=0.001 ({there} in the file) stays\n"
+        assert learn.opt.param_groups[0]['lr'] == learn.lr == .001 and learn.opt.param_groups[0].keys() == learner(opt_func=opt_func).opt.param_groups[0].keys()
+        assert learn.opt.state and not torch.equal(learn.model[0].weight, net()[0].weight)
+        learn.fit(1)
+        assert learn.recorder.lrs == [.001]*9
+
+def test_what_is_loaded_is_said(capsys):
+    learn = learner()
+    learn.save('new.state'); learn.save('weights.state', with_opt=False)
+    learn.fit(1); learn.save('all.state')
+    for name, with_opt in ('new.state', None), ('weights.state', None), ('all.state', None), ('all.state', False): learn.load(name, with_opt=with_opt)
+    assert [l.partition(': ')[2] for l in capsys.readouterr().out.splitlines()[-4:]] == ['weights are loaded', 'weights are loaded',
+                                                                                     "weights and the optimizer's state are loaded", 'weights are loaded']
+
+def test_a_checkpoint_of_the_middle_hands_no_passing_rate_to_the_next_fit():
+    make = lambda: learner(ParamScheduler('lr', sched_cos(0.2, 0.01)), ParamScheduler('mom', sched_cos(.8, .9)), lr=.05)
+    stop(make(), 2, 'after_batch', 14, CheckpointCallback('fit.ckpt', every_batches=1), order=INF)
+    learn = make()
+    load_checkpoint('fit.ckpt', learn)
+    assert learn.opt.hypers[0]['lr'] != .05
+    learn.fit(1)
+    assert (learn.opt.hypers[0]['lr'], learn.opt.hypers[0]['mom']) == (.05, .9)
+
 def test_weights_of_a_checkpoint():
     learner().fit(1, CheckpointCallback('fit.ckpt'))
     first, second = learner(), learner()

@@ -1,5 +1,6 @@
 "The one optimizer: parts, groups, state, engines, interop with torch, bad input."
 import copy
+import functools
 import io
 import math
 import pickle
@@ -12,7 +13,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import dl2lib.optimizers as O
 from dl2lib.callbacks import LR_Find, ParamScheduler
 from dl2lib.optimizers import (AverageGrad, AverageSqrGrad, Optimizer, Stat, StatefulOptimizer, StepCount, adam_opt, adam_step, debias, get_defaults, l2_reg,
                                lamb_opt, lin_comb, maybe_update, momentum_step, sgd_mom_opt, sgd_opt, sgd_step, weight_decay)
@@ -123,6 +123,10 @@ def two_lines(p, lr, **kwargs): # a user's own stepper
     p.data.add_(p.grad.data.sign(), alpha=-lr)
     return p
 
+def told(p, lr, **kwargs): return two_lines(p, lr) # the same, declared
+
+told.foreach = True
+
 def looks_inside(p, lr, **kwargs): # it decides by a value, which only a single tensor has
     if p.grad.norm() > 1: p.data.sub_(lr*p.grad)
     return p
@@ -135,63 +139,118 @@ def centres(p, lr, **kwargs): # needs whole tensors
     p.data.sub_(p.grad.div(p.grad.norm()), alpha=lr)
     return p
 
-def test_what_a_stepper_may_run_in():
-    def trial(f): return Optimizer(params(), f, lr=.1)._trial
-    assert (trial(two_lines), trial(centres), trial(looks_inside), trial(by_shape)) == ((True, True), (True, False), (False, False), (False, False))
-
-@pytest.mark.parametrize('f', [two_lines, looks_inside, by_shape, centres])
+@pytest.mark.parametrize('f', [two_lines, told, looks_inside, by_shape, centres])
 def test_own_steppers_give_the_same_whatever_the_engine(f):
     a, b = params(), params()
     train(Optimizer(a, f, lr=.1), a, 4); train(Optimizer(b, f, engine='tensor', lr=.1), b, 4)
     for x, y in zip(a, b): assert_close(x, y)
 
-@pytest.mark.parametrize('name', ready)
-@pytest.mark.parametrize('size', [5, 16])
-def test_packs_and_pieces_change_nothing(name, size, monkeypatch):
-    monkeypatch.setattr(O, '_pack_size', size)
-    a, b = params(), params()
-    a[2].data, b[2].data = (t.data.contiguous(memory_format=torch.channels_last) for t in (a[2], b[2]))
-    for ps, engine in ((a, 'tensor'), (b, 'list')):
-        opt = ready[name](ps, lr=.1, engine=engine)
-        for i in range(4): # the gradients lie in memory otherwise than the parameter, now and then
-            with_grads(ps, seed=i)
-            if i % 2: ps[2].grad = ps[2].grad.contiguous(memory_format=torch.channels_last)
-            opt.step()
-    for x, y in zip(a, b): assert_close(x, y)
+class Sees(TorchDispatchMode):
+    "Names of the operations that run."
+    def __init__(self): super().__init__(); self.names = set()
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
-def test_nothing_is_applied_in_the_trial():
+def seen(opt, ps):
+    with_grads(ps)
+    opt.step() # makes the states
+    with Sees() as sees: opt.step()
+    return sees.names
+
+def test_only_what_is_declared_runs_over_lists():
+    ps = params()
+    assert '_foreach_sign' in seen(Optimizer(ps, told, lr=.1), ps)
+    for f in two_lines, centres:
+        names = seen(Optimizer(ps, f, lr=.1), ps)
+        assert not any('foreach' in n for n in names) and names & {'sign', 'linalg_vector_norm'}
+        assert not any('foreach' in n for n in seen(Optimizer(ps, [told, f], lr=.1), ps)) # every part has to say so
+    assert '_foreach_sign' in seen(Optimizer(ps, two_lines, lr=.1, engine='list'), ps) # at the user's risk
+
+def test_a_wrong_declaration_is_refused_by_name():
+    def wrong(p, lr, **kwargs): return looks_inside(p, lr)
+    wrong.foreach = True
+    with pytest.raises(TypeError, match='no truth value.*must not say `foreach = True`'): Optimizer(with_grads(params()), wrong, lr=.1).step()
+    with pytest.raises(TypeError, match='no truth value'): Optimizer(with_grads(params()), looks_inside, engine='list', lr=.1).step()
+
+def test_a_declaration_is_about_the_code_that_it_stands_at():
+    class Below(AverageGrad):
+        def update(self, p, state, **kwargs): return super().update(p, state, **kwargs) if p.grad.norm() > 0 else state
+    class Renamed(AverageGrad): pass
+    class Again(Below): foreach, keeps = True, ('grad_avg', 'mom_damp')
+    @functools.wraps(sgd_step)
+    def wrapped(p, **kwargs): return sgd_step(p, **kwargs)
+    ps = params()
+    assert [StatefulOptimizer(ps, momentum_step, s(), lr=.1).foreach for s in (AverageGrad, Below, Renamed, Again)] == [True, False, True, True]
+    assert not Optimizer(ps, wrapped, lr=.1).foreach
+
+def test_a_rule_that_starts_late_sees_whole_tensors():
+    "One that was tried on seven steps was then run on pieces of a tensor: its norm was 1.732."
+    def unit(p, step, **kwargs):
+        if step % 10 == 0: p.data.mul_(1/p.data.norm())
+        return p
+    p = nn.Parameter(torch.randn(1500, 1000, generator=torch.Generator().manual_seed(0)))
+    p.grad = torch.ones_like(p)
+    opt = StatefulOptimizer([p], [sgd_step, unit], StepCount(), lr=.1)
+    for _ in range(10): opt.step()
+    assert p.norm().item() == pytest.approx(1, rel=1e-4)
+
+@pytest.mark.parametrize('engine', [None, 'tensor'])
+def test_a_rule_that_depends_on_a_scheduled_rate(engine):
+    def late(p, lr, **kwargs):
+        if lr < .05: p.data.mul_(1/p.data.norm())
+        return p
+    p = nn.Parameter(torch.ones(1500, 1000, dtype=torch.float64))
+    p.grad = torch.ones_like(p)
+    opt = Optimizer([p], [sgd_step, late], lr=.1, engine=engine)
+    for lr in (.1, .06, .04):
+        opt.hypers[0]['lr'] = lr
+        opt.step()
+    assert p.norm().item() == pytest.approx(1, rel=1e-4)
+
+def test_nothing_of_the_user_is_called_before_the_first_step():
     calls = []
-    def counting(p, lr, **kwargs):
-        calls.append(p)
-        p.data.add_(p.grad.data, alpha=-lr)
+    class Own(Stat):
+        def init_state(self, p):
+            calls.append(('init', p))
+            return {'seen': torch.zeros(p.shape, dtype=torch.float32)} # a tensor with a dtype that was written down
+        def update(self, p, state, **kwargs):
+            calls.append(('update', p))
+            state['seen'].add_(p.grad)
+            return state
+    def counting(p, lr, seen, **kwargs):
+        calls.append(('step', p))
+        p.data.add_(seen, alpha=-lr)
         return p
     ps = with_grads(params())
-    before = [p.detach().clone() for p in ps]
-    opt = Optimizer(ps, counting, lr=.1)
-    assert calls and equal(before, ps) and not any(c is p for c in calls for p in ps) and not opt.state
+    for engine in (None, 'tensor', 'list'):
+        opt = StatefulOptimizer(ps, counting, Own(), lr=.1, engine=engine)
+        opt.load_state_dict(copy.deepcopy(opt).state_dict())
+        repr(opt), opt._repr_markdown_()
+        opt.add_param_group(dict(params=params(seed=5)[0]))
+    assert calls == []
+    StatefulOptimizer(ps, counting, Own(), lr=.1).step()
+    assert [k for k, _ in calls] == ['init']*3 + ['update', 'step']*3 and all(o is p for (_, o), p in zip(calls, ps))
 
-def test_the_trial_draws_nothing():
-    def noisy(p, lr, **kwargs):
-        p.data.add_(torch.randn(p.shape), alpha=lr)
-        return p
-    torch.manual_seed(3); want = torch.rand(2)
-    torch.manual_seed(3); opt = Optimizer(params(), noisy, lr=.1)
-    assert torch.equal(torch.rand(2), want) and opt._trial == (False, False)
+@pytest.mark.parametrize('name, f', [('adam', '_fused_adamw_'), ('momentum', '_fused_sgd_'), ('sgd', '_fused_sgd_'), ('lamb', '_foreach_addcmul_')])
+def test_a_kernel_runs_where_there_is_one(name, f):
+    opt = ready[name](ps := params(), lr=.1, **({'wd': 0.} if name == 'momentum' else {}))
+    assert f in seen(opt, ps)
+    assert not any('fused' in n for n in seen(ready[name](ps, lr=.1, engine='list'), ps))
 
-@pytest.mark.parametrize('name', ['_fused_adamw_', '_fused_sgd_'])
-def test_a_kernel_that_is_missing_or_changed_is_not_used(name, monkeypatch):
-    make = adam_opt(wd=.1) if 'adam' in name else partial(StatefulOptimizer, steppers=[l2_reg, momentum_step], stats=AverageGrad(), wd=.1)
-    want = params()
-    train(make(want, lr=.1, engine='tensor'), want, 3)
-    for change in (lambda: monkeypatch.delattr(torch, name), lambda: monkeypatch.setattr(torch, name, lambda *a, **kw: None, raising=False),
-                   lambda: monkeypatch.setattr(torch, name, lambda ps, *a, **kw: torch._foreach_add_(ps, 1.), raising=False)):
-        change()
-        ps = params()
-        opt = make(ps, lr=.1)
-        assert opt._fused is None
-        train(opt, ps, 3)
-        for a, b in zip(ps, want): assert_close(a, b)
-        with pytest.raises(ValueError, match="engine='fused'"): make(params(), lr=.1, engine='fused')
+def test_only_our_own_parts_have_a_kernel():
+    @functools.wraps(adam_step)
+    def wrapped(p, **kwargs): return adam_step(p, **kwargs)
+    class Other(AverageGrad): pass
+    def namesake(p, lr, **kwargs): return two_lines(p, lr)
+    namesake.__name__ = 'sgd_step'
+    changed = AverageGrad(dampening=True)
+    changed.update = lambda p, state, **kwargs: {**state, "mom_damp": .1}
+    ps = params()
+    for steppers, stats in ((wrapped, adam_stats), (adam_step, [Other(True), *adam_stats[1:]]), (partial(adam_step, eps=1e-3), adam_stats), (namesake, []),
+                            (adam_step, [changed, *adam_stats[1:]]), ([adam_step, two_lines], adam_stats), (momentum_step, AverageGrad(True))):
+        opt = StatefulOptimizer(ps, steppers, stats, lr=.1)
+        assert not any('fused' in n for n in seen(opt, ps)), (steppers, stats)
 
 @pytest.mark.parametrize('steppers, stats', [(sgd_step, []), (momentum_step, [AverageGrad()]), ([l2_reg, momentum_step], [AverageGrad()]),
                                              (adam_step, [AverageGrad(dampening=True), AverageSqrGrad(), StepCount()])])
@@ -204,16 +263,6 @@ def test_chains_with_and_without_a_decay_have_a_kernel(steppers, stats):
                 for i, p in enumerate(ps): p.grad = torch.full_like(p, .3*(i+1) - .2*t)
                 opt.step()
         for a, b in zip(got, want): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-def test_fused_is_used_where_it_can_be():
-    calls, f = [], torch._fused_adamw_
-    ps = params()
-    opt = adam_opt(wd=.1)(ps, lr=.1)
-    try:
-        torch._fused_adamw_ = lambda *a, **kw: (calls.append(1), f(*a, **kw))
-        train(opt, ps, 2)
-    finally: torch._fused_adamw_ = f
-    assert len(calls) == 2
 
 @pytest.mark.parametrize('name', ready)
 def test_engines_hand_over_in_the_middle(name):
@@ -231,7 +280,7 @@ def test_engines_hand_over_in_the_middle(name):
 
 def test_unknown_engine():
     with pytest.raises(ValueError, match="engine='quick'.*'tensor', 'list', 'fused'"): sgd_opt(params(), lr=.1, engine='quick')
-    with pytest.raises(ValueError, match="engine='list'"): Optimizer(params(), looks_inside, engine='list', lr=.1)
+    with pytest.raises(ValueError, match="engine='fused'"): Optimizer(params(), looks_inside, engine='fused', lr=.1)
     with pytest.raises(ValueError, match="engine='fused'"): lamb_opt()(params(), lr=.1, engine='fused')
 
 
@@ -254,6 +303,48 @@ def test_a_step_asks_nothing_of_the_device(name, engine):
     with Reads() as r:
         for _ in range(3): opt.step()
     assert r.found == []
+
+# Autograd
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize('engine', ['tensor', 'list', None])
+@pytest.mark.parametrize('name', ready)
+def test_a_step_between_forward_and_backward_is_an_error(name, engine, dtype):
+    "As with torch's optimizers: the gradient would be of weights that are gone."
+    for make in (lambda ps: ready[name](ps, lr=.1, engine=engine), lambda ps: torch.optim.SGD(ps, lr=.1)):
+        p = nn.Parameter(torch.ones(2, dtype=dtype))
+        opt, loss = make([p]), (p*p).abs().sum()
+        p.grad = torch.ones_like(p)
+        opt.step()
+        with pytest.raises(RuntimeError, match='modified by an inplace operation'): loss.backward()
+
+def test_what_has_no_gradient_is_not_marked():
+    a, b = params()[:2]
+    loss = (b*b).sum()
+    a.grad = torch.ones_like(a)
+    sgd_opt([a, b], lr=.1).step()
+    loss.backward()
+    assert (b.grad == 2*b).all()
+
+def test_a_step_that_is_refused_changes_and_marks_nothing():
+    ps = with_grads(params())
+    opt = adam_opt()([ps[:1], ps[1:]], lr=.1)
+    before, loss = [p.detach().clone() for p in ps], sum((p*p).sum() for p in ps)
+    for broken, mended in ((lambda: opt.hypers[1].update(mom=2.), lambda: opt.hypers[1].update(mom=.9)),
+                           (lambda: setattr(ps[2].grad, 'data', torch.zeros(3)), lambda: setattr(ps[2].grad, 'data', torch.zeros_like(ps[2])))):
+        broken()
+        with pytest.raises(ValueError, match='mom=2.0 must be|parameter 1 of group 1'): opt.step()
+        assert equal(before, ps) and not any(opt.state.values())
+        mended()
+    opt.zero_grad()
+    loss.backward()
+    assert all(torch.equal(p.grad, 2*p) for p in ps)
+
+def test_a_step_that_fails_is_marked_too():
+    def fails(p, lr, **kwargs): p.data.add_(1); raise ArithmeticError
+    p = nn.Parameter(torch.ones(2))
+    loss, p.grad = (p*p).sum(), torch.ones(2)
+    with pytest.raises(ArithmeticError): Optimizer([p], fails, lr=.1).step()
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'): loss.backward()
 
 # Half precision, complex numbers
 @pytest.mark.parametrize('engine', ['tensor', 'list', None])
@@ -390,7 +481,7 @@ def test_state_of_other_shapes():
     opt = adam_opt()(a, lr=.1)
     train(opt, a, 1)
     other = adam_opt()(b, lr=.1)
-    with pytest.raises(ValueError, match=r'grad_avg of parameter 1 of group 0 has shape \(4, 5\) in the state: \(5, 4\) is needed'): other.load_state_dict(opt.state_dict())
+    with pytest.raises(ValueError, match=r'state of parameter 1 of group 0 was made for float32 \(4, 5\), the parameter is float32 \(5, 4\)'): other.load_state_dict(opt.state_dict())
     assert not other.state
     with pytest.raises(ValueError, match="has 3 parameters, the optimizer's 2"): adam_opt()(b[:2], lr=.1).load_state_dict(opt.state_dict())
     with pytest.raises(ValueError, match='has 1 parameter groups, the optimizer 2'): adam_opt()([b[:2], b[2:]], lr=.1).load_state_dict(opt.state_dict())
@@ -443,54 +534,13 @@ def test_grad_scaler():
     assert scaler.get_scale() == 8. and opt.state[a[0]]['step'] == 4
     for x, y in zip(a, b): assert_close(x, y)
 
-@pytest.mark.parametrize('make', [partial(sgd_mom_opt, wd=0.), adam_opt(wd=.1), sgd_opt], ids=['momentum', 'adamw', 'sgd'])
-@pytest.mark.parametrize('sizes', [(10, 5000, 20, 5001), (5000, 6000), (10, 20)], ids=['both', 'large', 'small'])
-def test_small_tensors_go_through_the_kernel_by_one_thread(make, sizes, monkeypatch):
-    n, seen = torch.get_num_threads(), []
-    def params():
-        gen = torch.Generator().manual_seed(0)
-        return [torch.nn.Parameter(torch.randn(s, generator=gen)) for s in sizes]
-    a, b = params(), params()
-    opts = make(a, lr=.1), make(b, lr=.1, engine='tensor')
-    assert opts[0]._fused
-    for name in '_fused_sgd_', '_fused_adamw_': # what runs in which number of threads
-        def kernel(ps, *args, real=getattr(torch, name), **kwargs):
-            seen.append((torch.get_num_threads(), [p.numel() for p in ps])); return real(ps, *args, **kwargs)
-        monkeypatch.setattr(torch, name, kernel)
-    try:
-        torch.set_num_threads(2)
-        for i in range(3):
-            for p, q in zip(a, b): p.grad = torch.randn_like(p); q.grad = p.grad.clone()
-            for o in opts: o.step()
-        assert torch.get_num_threads() == 2
-    finally: torch.set_num_threads(n)
-    for p, q in zip(a, b): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-    small, large = [[s for s in sizes if (s > 4096) == big] for big in (False, True)]
-    assert seen == [o for o in ((2, large), (1, small)) if o[1]]*3
-
-def test_an_interrupt_leaves_the_number_of_threads(monkeypatch):
-    p, n = nn.Parameter(torch.ones(3)), torch.get_num_threads()
-    opt = sgd_mom_opt([p], lr=.1, wd=0.)
-    p.grad = torch.ones(3)
-    opt.step()
-    def pressed(*args, **kwargs): raise KeyboardInterrupt
-    try:
-        torch.set_num_threads(2)
-        monkeypatch.setattr(torch, '_fused_sgd_', pressed)
-        with pytest.raises(KeyboardInterrupt): opt.step()
-        assert torch.get_num_threads() == 2
-    finally: torch.set_num_threads(n)
-
 def test_a_profiler_sees_the_step():
     ps = with_grads(params())
     opt = sgd_mom_opt(ps, lr=.1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof: opt.step()
     assert any(e.key == 'Optimizer.step#StatefulOptimizer.step' for e in prof.key_averages())
 
-@pytest.mark.parametrize('lost', [False, True])
-def test_hooks_of_all_optimizers(lost, monkeypatch):
-    "Also where torch has renamed what says whether a profiler is at work."
-    if lost: monkeypatch.delattr(torch.autograd, '_profiler_enabled')
+def test_hooks_of_all_optimizers():
     seen, p = [], torch.nn.Parameter(torch.ones(3))
     opt = sgd_mom_opt([p], lr=.1, wd=0.)
     p.grad = torch.ones(3)
@@ -560,6 +610,77 @@ def test_repr_and_formula():
     def my_own(p, lr, **kwargs): return p
     assert r'\text{my\_own}' in Optimizer(params(), my_own, lr=.1)._repr_markdown_() # a bare underscore is an error in \text
 
+# Conveniences
+@pytest.mark.parametrize('make', [adam_opt, lamb_opt])
+def test_parameters_may_be_given_at_once(make):
+    ps = params()
+    for form in (ps, (p for p in ps), [ps[:1], ps[1:]], dict(params=ps), [('w', ps[0])], iter([dict(params=ps, lr=.2)])):
+        opt = make(form, lr=.1, wd=.2)
+        assert isinstance(opt, StatefulOptimizer) and opt.hypers[0]['wd'] == .2 and sum(len(pg['params']) for pg in opt.hypers) in (1, 3)
+    assert repr(make(ps, lr=.1)) == repr(make()(ps, lr=.1))
+    for xtra in (None, sgd_step, [sgd_step], (sgd_step,), []): # further steppers, as in the lesson
+        opt = make(xtra, wd=.2)(ps, lr=.1)
+        assert (sgd_step in opt.steppers) == bool(xtra) and opt.hypers[0]['wd'] == .2
+    with pytest.raises(TypeError, match='parameter 0 of group 0 is a Linear: a tensor is needed'): make(nn.Linear(2, 2), lr=.1)
+    with pytest.raises(ValueError, match='no parameters'): make(dict(params=[]), lr=.1)
+
+def test_a_learner_takes_adam_opt_both_ways():
+    from types import SimpleNamespace
+    from dl2lib.learner import Learner
+    data = SimpleNamespace(train_dl=[], valid_dl=None)
+    for opt_func in (adam_opt, adam_opt()):
+        learn = Learner(nn.Linear(2, 2), data, nn.functional.cross_entropy, opt_func=opt_func, lr=.003)
+        assert learn.opt.hypers[0]['lr'] == .003 and len(learn.opt.hypers[0]['params']) == 2
+
+class Looks(Stat):
+    def init_state(self, p): return {'looked': 0.}
+    def update(self, p, state, grad_avg, **kwargs): return {**state, 'looked': 1.}
+
+def test_a_stat_that_asks_for_the_state_is_told_where_it_is():
+    with pytest.raises(TypeError, match=r"Looks asks for 'grad_avg' in update: take it from the state, state\['grad_avg'\]"): StatefulOptimizer(params(), momentum_step, [AverageGrad(), Looks()], lr=.1)
+    class Quiet(AverageGrad): keeps = None # it does not say what it keeps: noticed in the first step
+    opt = StatefulOptimizer(with_grads(ps := params()), momentum_step, [Quiet(), Looks()], lr=.1)
+    with pytest.raises(TypeError, match="update.*missing 1 required positional argument: 'grad_avg'") as e: opt.step()
+    assert e.value.__notes__ == ['In the state are grad_avg, looked, mom_damp; hyperparameters are lr, mom. '
+                                 'A stepper gets both by name; a stat takes the first from the state, as state[name].']
+
+class Silent(Stat):
+    def init_state(self, p): return {'kept': torch.zeros_like(p)}
+    def update(self, p, state, **kwargs): return state
+
+def test_names_are_checked_in_the_first_step_where_a_stat_does_not_say_what_it_keeps():
+    def uses(p, lr, kept, misspelt, **kwargs): return p
+    opt = StatefulOptimizer(with_grads(params()), uses, Silent(), lr=.1)
+    with pytest.raises(TypeError, match="uses.*missing 1 required positional argument: 'misspelt'") as e: opt.step()
+    assert e.value.__notes__[0].startswith('In the state are kept; hyperparameters are lr.')
+    def takes(p, lr, kept, **kwargs): return p
+    opt = StatefulOptimizer(with_grads(params()), takes, Silent(), lr=.1, kept=3)
+    with pytest.raises(TypeError, match="takes.*got multiple values for keyword argument 'kept'") as e: opt.step()
+    assert e.value.__notes__[0].startswith('In the state are kept; hyperparameters are lr, kept.')
+    def fails(p, lr, kept, **kwargs): return p + 'a' # a TypeError of another kind stays as it is
+    with pytest.raises(TypeError, match='unsupported operand|must be Tensor'): StatefulOptimizer(with_grads(params()), fails, Silent(), lr=.1).step()
+    class Clashes(Silent): pass # two that do not say it, and keep the same name
+    with pytest.raises(ValueError, match="Clashes keeps 'kept' in the state, and so does a stat before it"):
+        StatefulOptimizer(with_grads(params()), takes, [Silent(), Clashes()], lr=.1).step()
+
+def test_torch_words_for_decay():
+    ps = params()
+    opt = adam_opt()([dict(params=ps[:1], weight_decay=0.), dict(params=ps[1:], weight_decay=.1)], lr=.1) # timm's groups
+    assert [pg['wd'] for pg in opt.hypers] == [0., .1] and not any('weight_decay' in pg for pg in opt.hypers)
+    assert sgd_opt(ps, lr=.1, weight_decay=.3).hypers[0]['wd'] == .3
+    with pytest.raises(ValueError, match=r'weight_decay=0.1 and wd=0.2 are the same thing: give wd'): adam_opt(wd=.2)(ps, lr=.1, weight_decay=.1)
+    with pytest.raises(TypeError, match="'weight_decay': it is called wd here; they use lr"): Optimizer(ps, sgd_step, lr=.1, weight_decay=.1)
+    def own(p, lr, weight_decay, **kwargs): return p # a user's own word stays
+    assert Optimizer(ps, own, lr=.1, weight_decay=.1).hypers[0]['weight_decay'] == .1
+    opt.hypers[0]['weight_decay'] = .5
+    with pytest.raises(TypeError, match="'weight_decay': it is called wd here"): (with_grads(ps), opt.step())
+
+def test_a_group_after_loading():
+    opt = adam_opt()(params(), lr=.1)
+    opt.load_state_dict(opt.state_dict())
+    opt.add_param_group(dict(params=params(seed=7), lr=.2))
+    assert [pg['lr'] for pg in opt.hypers] == [.1, .2]
+
 # Bad input
 def test_no_parameters():
     used = iter(params()); list(used)
@@ -581,16 +702,18 @@ def test_a_parameter_twice():
 
 def test_a_hyperparameter_that_no_part_uses():
     with pytest.raises(TypeError, match="'momm': do you mean 'mom'"): sgd_mom_opt(params(), lr=.1, momm=.9)
-    with pytest.raises(TypeError, match="'weight_decay': they use lr, wd"): sgd_opt(params(), lr=.1, weight_decay=.9)
+    with pytest.raises(TypeError, match="'weight_dekay': they use lr, wd"): sgd_opt(params(), lr=.1, weight_dekay=.9)
+    with pytest.raises(TypeError, match="'momentum': it is called mom here"): sgd_mom_opt(params(), lr=.1, momentum=.9)
+    with pytest.raises(TypeError, match="'betas': it is called mom and sqr_mom here"): adam_opt()(params(), lr=.1, betas=(.9, .99))
     with pytest.raises(TypeError, match="'sqr_mon': do you mean 'sqr_mom'"): adam_opt()([dict(params=params(), sqr_mon=.9)], lr=.1)
     opt = sgd_mom_opt(with_grads(ps := params()), lr=.1)
     opt.hypers[0]['moom'] = .5
     with pytest.raises(TypeError, match="'moom': do you mean 'mom'"): opt.step()
 
 def test_a_hyperparameter_that_nobody_gives():
-    with pytest.raises(TypeError, match=r"sgd_step needs the hyperparameter 'lr', and nobody gives it \(group 0\)"): Optimizer(params(), sgd_step)
+    with pytest.raises(TypeError, match=r"sgd_step needs the hyperparameter 'lr': pass lr=.*group 0"): Optimizer(params(), sgd_step)
     ps = params()
-    with pytest.raises(TypeError, match=r"'lr', and nobody gives it \(group 1\)"): Optimizer([dict(params=ps[:1], lr=.1), dict(params=ps[1:])], sgd_step)
+    with pytest.raises(TypeError, match=r"'lr': pass lr=.*group 1"): Optimizer([dict(params=ps[:1], lr=.1), dict(params=ps[1:])], sgd_step)
     with pytest.raises(TypeError, match="adam_step needs the hyperparameter 'mom'"): StatefulOptimizer(ps, adam_step, [], lr=.1)
     with pytest.raises(TypeError, match="adam_step needs the hyperparameter 'step'"): StatefulOptimizer(ps, adam_step, adam_stats[:2], lr=.1)
     Optimizer([dict(params=ps[:1], lr=.1), dict(params=ps[1:], lr=.2)], sgd_step) # each group has its own
@@ -630,7 +753,7 @@ def test_parts_that_do_not_fit():
     with pytest.raises(TypeError, match='AverageGrad.*instance'): StatefulOptimizer(params(), momentum_step, AverageGrad, lr=.1)
     with pytest.raises(ValueError, match="'step'.*state"): adam_opt()(params(), lr=.1, step=3)
     class Empty(Stat): pass
-    with pytest.raises(NotImplementedError, match='Empty.init_state'): StatefulOptimizer(params(), sgd_step, Empty(), lr=.1)
+    with pytest.raises(NotImplementedError, match='Empty.init_state'): StatefulOptimizer(with_grads(params()), sgd_step, Empty(), lr=.1).step()
 
 def test_two_stats_of_one_name():
     with pytest.raises(ValueError, match="grad_avg"): StatefulOptimizer(params(), momentum_step, [AverageGrad(), AverageGrad(dampening=True)], lr=.1)

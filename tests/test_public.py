@@ -26,7 +26,8 @@ PUBLIC = {
         CategoryProcessor MultiCategoryProcessor LabeledData label_by_func Dataset get_dls DataBunch databunchify show_batch explain
         CheckError check ByteToFloat normalize_chan normalize_to''',
     'datacache': '''CacheError cached open_bytes jpeg_decoder''',
-    'tensorlist': '''''',
+    'foreach': '''''',
+    'groups': '''''',
     'optimizers': '''sgd_opt sgd_mom_opt sgd_step weight_decay l2_reg get_defaults maybe_update Stat AverageGrad debias lin_comb momentum_step
         AverageSqrGrad StepCount adam_step lamb_step Optimizer StatefulOptimizer adam_opt lamb_opt''',
     'zoo': '''OPTIMIZERS nesterov_step LionGrad rms_step MeanGrad centred_rms_step SumSqrGrad DeltaGrad MaxSqrAvg amsgrad_step MaxGrad
@@ -46,7 +47,7 @@ PUBLIC = {
         show_extremes AugmentCallback MixUp CutMix''',
     'train': '''Settings train''',
 }
-ENGINE = '''main predict_main trial packs engines Entry TrainLoop CallbackHost SeededDataLoader collate write_state read_state
+ENGINE = '''main predict_main step_lists kernel_of GroupsAndStates Entry TrainLoop CallbackHost SeededDataLoader collate write_state read_state
     preserve_order check_event fit_or_go_on make_data triangle_taps'''.split()
 
 

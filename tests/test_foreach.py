@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dl2lib.tensorlist import NotForListsError, PerTensor, TensorList, packs
+from dl2lib.foreach import NotForListsError, PerTensor, TensorList
 
 
 def some(seed=0, positive=False):
@@ -75,29 +75,3 @@ def test_repr():
     assert repr(TensorList(some()).norm(1)).startswith('PerTensor([')
 
 
-def test_packs_cut_and_put_together():
-    ts = [torch.arange(n*1.) for n in (10, 1, 2, 3, 25)]
-    rows = [(t, t + 100) for t in ts]
-    found = list(packs(rows, 8, cut=True))
-    assert [[len(r[0]) for r in p] for p in found] == [[8], [2], [8], [8], [8], [1], [1, 2, 3]]
-    for p in found:
-        for a, b in p: assert torch.equal(b, a + 100)
-    assert torch.equal(torch.cat([r[0] for p in found for r in p]).sort()[0], torch.cat(ts).sort()[0])
-    assert [len(p) for p in packs(rows, 8, cut=False)] == [1, 3, 1]
-
-def test_pieces_are_views():
-    t = torch.zeros(3, 4)
-    for p in packs([(t,)], 5, cut=True): p[0][0].add_(1)
-    assert torch.equal(t, torch.ones(3, 4))
-
-def test_channels_last_is_cut_as_it_lies():
-    t = torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last)
-    got, other = t.clone(memory_format=torch.preserve_format), torch.zeros_like(t)
-    for p in packs([(got, other)], 50, cut=True):
-        for a, b in p: b.copy_(a)
-    assert torch.equal(other, t)
-
-@pytest.mark.parametrize('a,b', [(torch.zeros(4, 6), torch.zeros(6, 4).T), (torch.zeros(4, 12)[:, ::2], torch.zeros(4, 12)[:, ::2])])
-def test_what_lies_otherwise_is_left_whole(a, b):
-    (row,), = packs([(a, b)], 5, cut=True)
-    assert row[0] is a and row[1] is b
