@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/engine/09_foreach.ipynb #09_tensorlist-002
+# %% ../nbs/engine/09_foreach.ipynb #09_foreach-102
 import operator, sys
 from functools import lru_cache, partial
 
@@ -15,7 +15,7 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-# %% ../nbs/engine/09_foreach.ipynb #09_tensorlist-013
+# %% ../nbs/engine/09_foreach.ipynb #09_foreach-113
 class NotForListsError(TypeError):
     "A `TensorList` was asked for what it cannot say of many tensors at once."
 
@@ -24,7 +24,7 @@ def _refuse(what): # a text: what was asked for
 
 def _refuses(what): return lambda self, *args, **kwargs: _refuse(what)
 
-# %% ../nbs/engine/09_foreach.ipynb #09_tensorlist-015
+# %% ../nbs/engine/09_foreach.ipynb #09_foreach-115
 def _operators(cls, names, call): # gives `cls` the operators `names`; `call(self, method, other)`
     for name in names: setattr(cls, f'__{name}__', lambda self, *other, name=name: call(self, name, *other))
 
@@ -35,7 +35,7 @@ _refused = dict(bool='truth value (bool, if)', len='length (len)', getitem='item
 def _refuse_all(cls, **more): # dunder name -> what to call it
     for name, what in {**_refused, **more}.items(): setattr(cls, f'__{name}__', _refuses(what))
 
-# %% ../nbs/engine/09_foreach.ipynb #09_tensorlist-017
+# %% ../nbs/engine/09_foreach.ipynb #09_foreach-117
 class PerTensor:
     "One number for each tensor of a list, such as their norms, in one vector."
     _methods = set('abs sqrt rsqrt reciprocal square pow clamp clamp_min clamp_max add sub mul div true_divide maximum '
@@ -58,7 +58,7 @@ class PerTensor:
 
     def __repr__(self): return f'PerTensor({self.v.tolist()})'
 
-# %% ../nbs/engine/09_foreach.ipynb #09_tensorlist-019
+# %% ../nbs/engine/09_foreach.ipynb #09_foreach-119
 def _vector(o): # of what stands beside numbers
     if isinstance(o, PerTensor): return o.v
     if isinstance(o, Tensor) and o.ndim: _refuse('numbers that go together with a plain tensor')
@@ -80,7 +80,7 @@ _number_ops.update({f'r{k}': _reflected(_number_ops[k]) for k in ('add', 'sub', 
 _operators(PerTensor, _number_ops, _number_op)
 _refuse_all(PerTensor, eq='comparison (==)', ne='comparison (!=)')
 
-# %% ../nbs/engine/09_foreach.ipynb #09_tensorlist-024
+# %% ../nbs/engine/09_foreach.ipynb #09_foreach-124
 _scalar_names = dict(true_divide='div', divide='div', multiply='mul', subtract='sub', negative='neg', absolute='abs')
 
 @lru_cache(None)
@@ -136,7 +136,7 @@ class TensorList:
 
     def __repr__(self): return f'TensorList({len(self.ts)} tensors, {sum(t.numel() for t in self.ts):,} elements)'
 
-# %% ../nbs/engine/09_foreach.ipynb #09_tensorlist-026
+# %% ../nbs/engine/09_foreach.ipynb #09_foreach-126
 def _clamped(x, lo, hi): # in place
     if lo is not None: x.clamp_min_(lo)
     if hi is not None: x.clamp_max_(hi)
