@@ -37,7 +37,7 @@ def test_explain_of_each_kind_of_data(folder):
     assert table[-2][:3] == ['batch: x', 'tensor uint8', '5x3x8x8'] and table[-1][:3] == ['batch: y', 'tensor int64', '5']
     assert stages(data.explain(0)) == stages(data.train.explain(0)) and stages(data.train.x.explain(0))[0] == 'item'
     words = ItemList(['one', 'three'], tfms=[str.upper, len]).explain(1)
-    assert [row[:4] for row in words] == [['item', 'str', '', 'three'], ['upper', 'str', '', 'THREE'], ['len', 'int', '', '5']]
+    assert [row[:4] for row in words] == [['item', 'str', '', 'three'], ['str.upper', 'str', '', 'THREE'], ['len', 'int', '', '5']]
     with pytest.raises(IndexError, match='16 is out of range'): data.explain(16)
     with pytest.raises(TypeError, match='not Dataset'): explain(Dataset([1], [2]))
 
