@@ -26,7 +26,7 @@ lab: $(STAMP) ## open the notebooks in JupyterLab: LAB="options, such as --no-br
 	cd nbs && PATH="$(CURDIR)/$(BIN):$$PATH" ../$(BIN)/jupyter-lab $(LAB)
 
 # Needs a browser (Debian: apt-get install chromium) and the extra `browser`; takes some ten minutes, so it is no part of `make test`.
-browser: $(STAMP) ## run every notebook in JupyterLab in a real browser, screenshots in out/browser: NB="00_core 09c_progress"
+browser: $(STAMP) ## run every notebook in JupyterLab in a real browser, screenshots in out/browser: NB="00_first_program 09c_progress"
 	@$(BIN)/python -c "import playwright" 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt $$(sed -n 's/^browser_requirements = //p' settings.ini)
 	@$(BIN)/python tests/browser.py $(NB)
 

@@ -19,6 +19,7 @@ def lacks(checks, answers):
         right, wrong = answers[c]['right'], answers[c]['wrong']
         if not right: yield f'{c}: no right answer but the solution: give one that is written another way'
         if len(wrong) < 4: yield f'{c}: {len(wrong)} wrong answers, there must be at least 4'
+        if any(len(word) < 3 for _, word in wrong): yield f'{c}: a wrong answer without the word that the sentence must contain'
         if len({code for code, _ in wrong}) < len(wrong): yield f'{c}: a wrong answer is there twice'
     yield from (f'{c} is no check of this notebook' for c in answers if c not in checks)
 
@@ -38,6 +39,11 @@ def parts(nb):
 
 @each
 def test_each_check_has_answers(path): assert list(lacks(checks_of(read_nb(path)), answers_of(path.stem))) == []
+
+@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.stem not in NOT_RECUT or p in WITH], ids=lambda p: p.stem)
+def test_each_exercise_has_a_check_of_the_form(path):
+    prompts = [m for c in read_nb(path)['cells'] if c['cell_type'] == 'markdown' for m in re.findall(r'^\*\*\d\.', source(c), re.M)]
+    assert len(prompts) == len(checks_of(read_nb(path)))
 
 @each
 def test_checks_accept_what_is_right_and_reject_what_is_wrong(path):

@@ -74,7 +74,7 @@ def prose(path):
 def avoided(name, cells):
     "Words that the prose avoids, with their cells and what to write instead."
     for where, text in cells:
-        plain = re.sub(r'```.*?```|`[^`]*`|\]\([^)]*\)', ' ', text, flags=re.S)
+        plain = ' '.join(re.sub(r'```.*?```|`[^`]*`|\]\([^)]*\)', ' ', text, flags=re.S).split())
         for word, instead in WORDS.items():
             for m in re.finditer(word, plain, re.I):
                 if (name, m[0].lower()) not in JUSTIFIED: yield f'{name}, {where}: {m[0]!r}; write {instead}'
@@ -107,10 +107,15 @@ def test_a_chapter_that_has_the_form_is_on_no_list(name):
 
 def left_by_loops(src):
     "Names that loops and `with` at module level leave behind in the module."
-    for node in ast.parse(src).body:
-        if isinstance(node, (ast.For, ast.AsyncFor)): yield from (n.id for n in ast.walk(node.target) if isinstance(n, ast.Name))
-        if isinstance(node, (ast.With, ast.AsyncWith)):
-            yield from (n.id for i in node.items if i.optional_vars for n in ast.walk(i.optional_vars) if isinstance(n, ast.Name))
+    def stored(target): return (n.id for n in ast.walk(target) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+    def look(nodes):
+        for node in nodes:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)): continue
+            if isinstance(node, (ast.For, ast.AsyncFor)): yield from stored(node.target)
+            if isinstance(node, ast.NamedExpr): yield from stored(node.target)
+            if isinstance(node, (ast.With, ast.AsyncWith)): yield from (n for i in node.items if i.optional_vars for n in stored(i.optional_vars))
+            yield from look(ast.iter_child_nodes(node))
+    yield from look(ast.parse(src).body)
 
 @pytest.mark.parametrize('name', CHAPTERS)
 def test_no_loop_leaves_its_variable_in_a_module(name):
@@ -121,6 +126,6 @@ def test_no_loop_leaves_its_variable_in_a_module(name):
     assert not single, f'dl2lib.{name} has attributes of one letter: {single}'
 
 def test_what_a_loop_leaves_is_seen():
-    assert list(left_by_loops('for a, (b, c) in x: pass\nwith open(f) as g: pass\ndef f():\n    for d in x: pass\n[e for e in x]')) == ['a', 'b', 'c', 'g']
+    assert list(left_by_loops('for a, (b, c) in x: pass\nwith open(f) as g: pass\ndef f():\n    for d in x: pass\n[e for e in x]\nif x:\n    for h in x: y[0] = 1\nclass C:\n    for i in x: pass\nfor x[0] in y: pass')) == ['a', 'b', 'c', 'g', 'h', 'i']
 
 def test_the_modules_named_are_there(): assert {module_of(p) for p in NOTEBOOKS} - {None} == set(CHAPTERS)

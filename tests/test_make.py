@@ -59,6 +59,13 @@ def test_each_version_that_settings_allow_is_taken(machine, version):
     machine.python('python3', version)
     assert f'with Python {version} at' in machine.make('export').stdout
 
+def test_settings_without_a_range_of_versions_are_refused(machine):
+    machine.python()
+    settings = machine.repo/'settings.ini'
+    settings.write_text(settings.read_text().replace('below_python = 3.15', 'below_python = 4.0'))
+    res = machine.make('test', ok=False)
+    assert res.returncode and 'settings.ini must say min_python = 3.N and below_python = 3.M' in res.stderr and not (machine.repo/'.venv').exists()
+
 def test_where_no_python_fits_each_that_was_found_is_named(machine):
     machine.python('python3', '3.15.0'); machine.python('python', '2.7.18', 'no'); machine.python('python3.12', '3.12.1', able='no')
     res = machine.make('test', ok=False)

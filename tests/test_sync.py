@@ -118,6 +118,12 @@ BROKEN = {
     'a magic': (lambda p: break_cell(p, 'def answer(): return 1', '%time 1'), ['nbs/01_two.ipynb, cell 01_two-1, line 2: ', '%time 1']),
     'no module': (lambda p: break_cell(p, '#| default_exp two', '# nothing'), ['nbs/01_two.ipynb: cells are exported, and no cell says `#| default_exp name`']),
     'another\'s module': (lambda p: break_cell(p, 'default_exp two', 'default_exp one'), ['nbs/01_two.ipynb and nbs/00_one.ipynb both export dl2lib/one.py']),
+    'null source': (lambda p: break_cell(p, '"source": [', '"source": null, "x": ['), ['nbs/01_two.ipynb: no notebook: it has no list of cells with sources']),
+    'outside': (lambda p: break_cell(p, 'def answer(): return 1', 'return 1'), ['nbs/01_two.ipynb, cell 01_two-1, line 2: ', 'return 1']),
+    'below a magic': (lambda p: break_cell(p, '#| export', '%%time\\n", "#| export'), ['nbs/01_two.ipynb, cell 01_two-1, line 1: ', '%%time']),
+    'the front door': (lambda p: break_cell(p, 'default_exp two', 'default_exp all'), ['`#| default_exp all` would replace dl2lib/all.py']),
+    'twice': (lambda p: break_cell(p, '#| export', '#| default_exp three\\n", "#| export'), ['`#| default_exp` is said 2 times: two, three']),
+    'BOM': (lambda p: p.write_bytes(b'\xef\xbb\xbf' + p.read_bytes()), ['nbs/01_two.ipynb: it begins with a byte order mark']),
     'no name': (lambda p: break_cell(p, 'default_exp two', 'default_exp 2 two'), ['`#| default_exp 2 two` is no name of a module'])}
 
 def bytes_of(root): return {p.relative_to(root): p.read_bytes() for p in root.rglob('*') if p.is_file() and '.git' not in p.parts}
