@@ -11,6 +11,7 @@ import html, math, re
 from collections.abc import Iterable, Sequence
 from copy import copy
 from functools import partial
+from types import MethodType
 
 import numpy as np
 import torch
@@ -168,18 +169,23 @@ def describe(o,       # anything
             )->str:
     "What an object is, in the same words in every process: its name, and the arguments or public attributes it holds."
     def say(v): return describe(v, depth+1)
+    def some(items): return [*items[:100], *(['...'] if len(items) > 100 else [])]
     def call(name, args, named):
         return f'{name}({", ".join([*map(say, args), *(f"{k}={say(v)}" for k, v in named.items())])})'
     if isinstance(o, partial): return call(say(o.func), o.args, o.keywords)
-    if isinstance(o, type) or hasattr(o, '__qualname__'): return o.__qualname__.rpartition('<locals>.')[2]
+    if isinstance(o, MethodType) and not isinstance(o.__self__, type): return f'{say(o.__self__)}.{o.__name__}'
+    try: name = getattr(o, '__qualname__', None)
+    except Exception: name = None # a `__getattr__` that fails
+    if isinstance(name, str): return name.rpartition('<locals>.')[2]
     if isinstance(o, (Tensor, np.ndarray)): return f'{type(o).__name__} {tuple(o.shape)}'
     if depth > 3 and not isinstance(o, (str, int, float)): return type(o).__name__
-    if isinstance(o, (list, tuple)): return f'[{", ".join(map(say, o[:100]))}{", ..." if len(o) > 100 else ""}]'
-    if isinstance(o, (set, frozenset)): return f'{{{", ".join(sorted(map(say, o)))}}}'
-    if isinstance(o, dict): return f'{{{", ".join(f"{say(k)}: {say(v)}" for k, v in o.items())}}}'
-    if type(o).__repr__ is not object.__repr__: return re.sub(r' at 0x[0-9a-fA-F]+', '', repr(o))
-    held = {k: v for k, v in getattr(o, '__dict__', {}).items() if k[0] != '_' and not isinstance(v, dict)}
-    return call(type(o).__name__, (), held)
+    if isinstance(o, (list, tuple)): return f'[{", ".join(some(list(map(say, o[:101]))))}]'
+    if isinstance(o, (set, frozenset)): return f'{{{", ".join(some(sorted(map(say, o))))}}}'
+    if isinstance(o, dict): return f'{{{", ".join(some([f"{say(k)}: {say(v)}" for k, v in o.items()]))}}}'
+    if type(o).__repr__ is object.__repr__:
+        return call(type(o).__name__, (), {k: v for k, v in getattr(o, '__dict__', {}).items() if str(k)[0] != '_'})
+    try: return re.sub(r' at 0x[0-9a-fA-F]+', '', repr(o))
+    except Exception: return type(o).__name__ # its own words fail
 
 # %% ../nbs/engine/00_core.ipynb #00_core-067
 def default_device(device=None, # 'cpu', 'cuda:1', a `torch.device`; None: the best there is

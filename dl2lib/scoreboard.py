@@ -9,7 +9,7 @@ __all__ = ['record_score', 'plot_scoreboard']
 import csv, io, os
 from pathlib import Path
 
-from .safefile import digest, new_file
+from .safefile import digest, locked, new_file
 
 # %% ../nbs/engine/00_scoreboard.ipynb #00_scoreboard-006
 _columns = ['chapter', 'new', 'accuracy', 'seed']
@@ -22,8 +22,9 @@ def _find(folder): # the scoreboard's file, from the folder of a notebook; None 
 
 def _read(file): # -> rows, as dicts of text
     with open(file, newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
-    bad = next((i for i, r in enumerate(rows, 2) if list(r) != _columns or None in r.values()), None)
-    if bad: raise ValueError(f'{file}, line {bad}: it must have the columns {", ".join(_columns)}')
+    def whole(r): return list(r) == _columns and None not in r.values() and r['accuracy'].replace('.', '', 1).isdigit()
+    bad = next((i for i, r in enumerate(rows, 2) if not whole(r)), None)
+    if bad: raise ValueError(f'{file}, line {bad}: it must have {", ".join(_columns)}')
     return rows
 
 
@@ -45,18 +46,25 @@ def record_score(chapter:str,    # name of the notebook, such as '09_optimizers'
     if not 0 <= accuracy <= 1: raise ValueError(f'accuracy={accuracy!r} must be from 0 to 1')
     file = _find(folder)
     if file is None: return print(f'Shapes, {new}: {accuracy:.2f} (no scoreboard here: it belongs to the notebooks)')
-    if not (file.parent/f'{chapter}.ipynb').is_file():
+    if chapter not in {p.stem for p in file.parent.glob('*.ipynb')}:
         raise ValueError(f'chapter={chapter!r}: there is no {chapter}.ipynb beside {file.name}')
+    if not new.strip() or '\n' in new: raise ValueError(f'new={new!r} must be a few words in one line')
     row = dict(chapter=chapter, new=new, accuracy=f'{accuracy:.3f}', seed=str(seed))
+    with locked(file): rows = _add(file, row)
+    above = rows[:rows.index(row)]
+    before = f'before: {float(above[-1]["accuracy"]):.2f}' if above else 'the first row'
+    print(f'Shapes, {new}: {accuracy:.2f} ({before})')
+
+
+def _add(file, row): # put a chapter's row in its place -> all rows
     rows = _read(file)
+    chapter, new = row['chapter'], row['new']
     at = next((i for i, r in enumerate(rows) if (r['chapter'], r['new']) == (chapter, new)), None)
     if at is None: rows.append(row)
     else: rows[at] = row
     rows.sort(key=lambda r: r['chapter']) # stable: several rows of a chapter keep their order
-    above = rows[:rows.index(row)]
-    before = f'before: {float(above[-1]["accuracy"]):.2f}' if above else 'the first row'
-    print(f'Shapes, {new}: {accuracy:.2f} ({before})')
     if not os.environ.get('IN_TEST'): _write(file, rows)
+    return rows
 
 # %% ../nbs/engine/00_scoreboard.ipynb #00_scoreboard-012
 def plot_scoreboard(fname=None,  # a PNG to write; None: show the plot

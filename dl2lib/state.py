@@ -51,9 +51,9 @@ def set_rng_state(state:dict # from `rng_state`, here or in an earlier process
                  )->None:
     "Put every global random generator back; devices that this machine does not have are left out."
     kind, keys, *rest = state['numpy']
+    torch.set_rng_state(state['torch']) # first: it refuses what is no state, and then nothing has changed
     random.setstate(state['python'])
     np.random.set_state((kind, np.asarray(keys).astype(np.uint32), *rest))
-    torch.set_rng_state(state['torch'])
     if state['cuda'] and torch.cuda.is_available():
         for i, o in enumerate(state['cuda'][:torch.cuda.device_count()]): torch.cuda.set_rng_state(o, i)
     if state['mps'] is not None and torch.backends.mps.is_available(): torch.mps.set_rng_state(state['mps'])

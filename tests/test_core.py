@@ -225,7 +225,7 @@ def test_noop():
 # words
 
 class Resize:
-    def __init__(self, size): self.size, self._private, self.cache = size, 1, {1: object()}
+    def __init__(self, size): self.size, self._private = size, 1
     def __call__(self, x): return x
 
 def local():
@@ -251,6 +251,20 @@ def test_describe(o, words): assert describe(o) == words
 def test_describe_tells_what_differs():
     words = [describe(o) for o in (Resize(1), Resize(2), Resize('1'), partial(len), partial(sorted, key=len), partial(sorted, key=abs), [Resize(1)], (Resize(1), 2))]
     assert len(set(words)) == len(words)
+
+class Fails:
+    def __repr__(self): raise RuntimeError('my own words fail')
+
+class Asks:
+    def __getattr__(self, k): raise RuntimeError('no such thing')
+
+def test_describe_never_fails(): # it stands in messages of errors, which it must not replace
+    assert describe(Fails()) == 'Fails' and describe([Fails()]) == '[Fails]' and describe(Asks()) == 'Asks()'
+
+def test_describe_tells_methods_and_settings_apart():
+    assert describe(Resize(3).__call__) == 'Resize(size=3).__call__' != describe(Resize(4).__call__)
+    assert describe(Resize({'p': .1})) == "Resize(size={'p': 0.1})" and describe(dict.fromkeys) == 'dict.fromkeys'
+    assert len(describe({i: i for i in range(10_000)})) < 2000 > len(describe(set(range(10_000))))
 
 def test_describe_comes_to_an_end():
     ring = [1]
