@@ -13,7 +13,12 @@ from dl2lib.hooks import *
 from dl2lib.convnet import *
 from dl2lib.lsuv import *
 from dl2lib.resnet import *
+from dl2lib.files import *
+from dl2lib.images import *
+from dl2lib.splits import *
+from dl2lib.loader import *
 from dl2lib.datablock import *
+from dl2lib.check import *
 from dl2lib.datacache import *
 from dl2lib.foreach import *
 from dl2lib.groups import *

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from . import __version__
 from .callbacks import Callback, CancelEpochException, CancelTrainException, _generators
-from .core import describe, listify, noop
+from .core import describe, listify, noop, warn
 from .state import interrupt_later, rng_state, set_rng_state
-from .datablock import LabeledData, Paths, _dataset, _vocab, _warn
+from .datablock import LabeledData, dataset_of, vocab_of
+from .files import Paths
 from .learner import Learner
 from .safefile import digest, new_file
 
@@ -216,14 +217,14 @@ def _contents(ds)->dict: # what a dataset is made of, as far as it can be known
     x, y = (getattr(ds, k, None) for k in 'xy')
     x = getattr(x, 'uncached', x)
     if isinstance(ds, LabeledData):
-        return dict(names=_digest(x.items, str(x.path)), labels=_digest(ds.y.items), vocabulary=list(map(str, _vocab(ds) or [])), transforms=describe(listify(x.tfms)))
+        return dict(names=_digest(x.items, str(x.path)), labels=_digest(ds.y.items), vocabulary=list(map(str, vocab_of(ds) or [])), transforms=describe(listify(x.tfms)))
     parts = dict(inputs=x, targets=y) if x is not None else {f'tensor {i}': o for i, o in enumerate(getattr(ds, 'tensors', ()))}
     return {k: _digest(o) for k, o in parts.items() if isinstance(o, (Tensor, np.ndarray)) or o and isinstance(o[0], (str, int, float))}
 
 
 def _describe_dl(dl)->dict: # a loader, and what it loads
     if dl is None: return dict(loader='None')
-    ds, batches = _dataset(dl) if hasattr(dl, 'dataset') else dl, getattr(dl, 'batch_sampler', None)
+    ds, batches = dataset_of(dl) if hasattr(dl, 'dataset') else dl, getattr(dl, 'batch_sampler', None)
     return dict(loader=type(dl).__name__, items=len(ds) if hasattr(ds, '__len__') else None, batches=len(dl), bs=getattr(batches, 'bs', getattr(dl, 'batch_size', None)),
                 seed=getattr(getattr(dl, 'dataset', None), 'seed', None), **_contents(ds))
 
@@ -275,7 +276,7 @@ def save_checkpoint(learn:Learner,
     return write_state(_training_state(learn, _describe(learn), epoch, batch), path, 'checkpoint')
 
 # %% ../nbs/09e_checkpoints.ipynb #09e_checkpoints-046
-def _read_checkpoint(path, said=_warn)->dict: # or the one before it, which is said
+def _read_checkpoint(path, said=warn)->dict: # or the one before it, which is said
     path = Path(path)
     prev = _beside(_real(path), '.prev')
     try: return read_state(path, 'checkpoint')
@@ -301,7 +302,7 @@ def _check_same(path, state, learn, epochs=None):
     odd = _differences(state['what'], _describe(learn)) + _check_callbacks(state['callbacks'], learn)
     if epochs is not None and epochs != state['epochs']: odd = [f'epochs: {state["epochs"]} there, {epochs} here', *odd]
     if odd: raise ValueError(f'{path} is of another training, and nothing was loaded: {_few(odd)}. Give what was given there, or begin a new one')
-    if state["torch"] != str(torch.__version__): _warn(f'{path} was written under torch {state["torch"]}, this is {torch.__version__}: the same to the bit is not promised')
+    if state["torch"] != str(torch.__version__): warn(f'{path} was written under torch {state["torch"]}, this is {torch.__version__}: the same to the bit is not promised')
 
 
 def _set_state(learn, state): # what was trained, and the records of it
@@ -348,7 +349,7 @@ class _Start:
         self.set_state(loop)
         left = iter(()) if self.batch >= loop.iters else _rest(loop.dl) if hasattr(loop.dl, 'n_pass') else iter(loop.dl)
         if not hasattr(loop.dl, 'state_dict') and self.batch < loop.iters:
-            _warn(f'{type(loop.dl).__name__} is no loader of dl2lib: its first {self.batch} batches are skipped, and the others may not be those of before')
+            warn(f'{type(loop.dl).__name__} is no loader of dl2lib: its first {self.batch} batches are skipped, and the others may not be those of before')
             for _ in range(self.batch): next(left)
         set_rng_state(self.state['rng']) # last: to begin a run through a foreign loader draws random numbers
         return left
@@ -440,7 +441,7 @@ class CheckpointCallback(_WaitsForBatch):
         try: self.write(epoch, batch)
         except OSError as e:
             self.error = e
-            _warn(f'no checkpoint: {e}. Training goes on')
+            warn(f'no checkpoint: {e}. Training goes on')
         finally: self.saving = False
 
     def after_batch(self):

@@ -7,10 +7,11 @@ __all__ = ['test_eq', 'test_near', 'listify', 'setify', 'uniqueify', 'compose', 
            'default_device', 'to_device', 'set_seed']
 
 # %% ../nbs/engine/00_core.ipynb #00_core-002
-import html, math, re
+import html, math, re, sys, warnings
 from collections.abc import Iterable, Sequence
 from copy import copy
 from functools import partial
+from pathlib import PurePath
 from types import MethodType
 
 import numpy as np
@@ -82,14 +83,26 @@ def uniqueify(x,           # iterable of hashable things
     return sorted(res) if sort else res
 
 # %% ../nbs/engine/00_core.ipynb #00_core-041
-def compose(x,                     # what the first function gets
-            funcs,                 # a function or several, or None
-            *args,                 # passed to every function, after `x`
-            order_key='_order',    # attribute by which the functions are sorted; a function without it counts as 0
-            **kwargs,              # passed to every function
-           ):                      # what the last function returns; `x` itself if there is no function
-    "Feed `x` through `funcs`, each getting the result of the one before; sorted by `_order`, stable."
-    for f in sorted(listify(funcs), key=lambda o: getattr(o, order_key, 0)): x = f(x, *args, **kwargs)
+def in_order(funcs,              # a function, several, or None
+             order_key='_order', # attribute that holds a function's place among the others
+            )->list:             # the functions, sorted; equal numbers keep their order
+    "Sort what has a number. What has none keeps its index, and the others are sorted around it."
+    funcs = listify(funcs)
+    order = [getattr(f, order_key, None) for f in funcs]
+    numbered = [i for i, o in enumerate(order) if o is not None]
+    res = list(funcs)
+    for i, j in zip(numbered, sorted(numbered, key=lambda i: order[i])): res[i] = funcs[j]
+    return res
+
+# %% ../nbs/engine/00_core.ipynb #00_core-041a
+def compose(x,                  # what the first function gets
+            funcs,              # a function or several, or None
+            *args,              # passed to every function, after `x`
+            order_key='_order', # attribute by which the functions are sorted; a function without it keeps its index
+            **kwargs,           # passed to every function
+           ):                   # what the last function returns; `x` itself if there is no function
+    "Feed `x` through `funcs`, each getting the result of the one before; sorted by `_order`, equal ones as listed."
+    for f in in_order(funcs, order_key): x = f(x, *args, **kwargs)
     return x
 
 # %% ../nbs/engine/00_core.ipynb #00_core-050
@@ -186,6 +199,31 @@ def describe(o,       # anything
         return call(type(o).__name__, (), {k: v for k, v in getattr(o, '__dict__', {}).items() if str(k)[0] != '_'})
     try: return re.sub(r' at 0x[0-9a-fA-F]+', '', repr(o))
     except Exception: return type(o).__name__ # its own words fail
+
+# %% ../nbs/engine/00_core.ipynb #00_core-064f
+def short(o)->str:
+    "An item, in at most 200 characters; a path in full."
+    text = str(o).encode('utf-8', 'backslashreplace').decode()
+    return text if isinstance(o, PurePath) or len(text) <= 200 else f'{text[:200]}...'
+
+
+def some(items, n=5)->str:
+    "The first `n` of several, with commas between them."
+    return ', '.join(map(short, items[:n])) + (', ...' if len(items) > n else '')
+
+
+def name_culprit(e:Exception, culprit:str)->None:
+    "Add to an exception's message what it is about, unless it says so."
+    if culprit in str(e): return
+    if len(e.args) == 1 and isinstance(e.args[0], str): e.args = (f'{e.args[0]} ({culprit})',)
+    else: e.add_note(culprit)
+
+
+def warn(msg:str)->None:
+    "Warn at the line outside this library that called it."
+    frame, level, own = sys._getframe(1), 2, (__name__.partition('.')[0], 'contextlib')
+    while frame and frame.f_globals.get('__name__', '').partition('.')[0] in own: frame, level = frame.f_back, level+1
+    warnings.warn(msg, stacklevel=level)
 
 # %% ../nbs/engine/00_core.ipynb #00_core-067
 def default_device(device=None, # 'cpu', 'cuda:1', a `torch.device`; None: the best there is

@@ -26,8 +26,9 @@ from .checkpoints import StateFileError, read_state, write_state
 from .convnet import ConvLayer, GeneralRelu, _view, conv_layer, flatten
 from .core import Table, compose, default_device, describe, listify, to_device
 from .state import draws_nothing, preserve_rng, seed_cpu
-from .datablock import (CategoryProcessor, DataBunch, Dataset, ImageList, ItemList, LabeledData, MultiCategoryProcessor, SeededDataLoader,
-                              Transform, collate, show_image)
+from .datablock import (CategoryProcessor, DataBunch, Dataset, ImageList, ItemList, LabeledData, MultiCategoryProcessor,
+                              Transform, show_image)
+from .loader import SeededDataLoader, collate
 from .learner import Learner, _kept, _labelled, _read_scores, _sample
 from .practice import MixedPrecision
 

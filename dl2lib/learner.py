@@ -20,7 +20,8 @@ from .callbacks import AvgStatsCallback, Callback, CancelBatchException, TrainEv
 from .convnet import get_cnn_model, init_cnn, model_summary
 from .core import compose, listify, noop
 from .state import interrupt_later, preserve_rng
-from .datablock import ImageList, LabeledData, MultiCategoryProcessor, collate
+from .datablock import ImageList, LabeledData, MultiCategoryProcessor
+from .loader import collate
 from .optimizers import sgd_opt
 from .runner import TrainLoop
 

@@ -11,7 +11,7 @@ def notebooks(root=ROOT):
 
 NOTEBOOKS = notebooks()
 COURSE, ENGINE = ([p for p in NOTEBOOKS if (p.parent.name == 'engine') is room] for room in (False, True))
-NOT_RECUT = '''03_schedules 04_callbacks 04b_runner 06_hooks 07_convnet 07a_lsuv 07b_resnet 08_datablock 09a_zoo 09b_learner 09c_progress
+NOT_RECUT = '''03_schedules 04_callbacks 04b_runner 06_hooks 07_convnet 07a_lsuv 07b_resnet 09a_zoo 09b_learner 09c_progress
     09d_practice 09e_checkpoints 09f_inference 10_augmentation 10a_batch_warp 11_train 08_datacache'''.split() # notebooks that have not yet the form of test_form.py
 MODULES = sorted(p.stem for p in (ROOT/'dl2lib').glob('*.py') if p.name[0] != '_')
 CHAPTERS = [m for m in MODULES if m != 'all']

@@ -121,10 +121,12 @@ class Step:
         if order is not None: self._order = order
     def __call__(self, x, *args, **kwargs): return [*x, (self.tag, *args, *kwargs.items())]
 
-def test_compose_sorts_and_keeps_equals_in_place():
+def test_compose_sorts_what_has_an_order_and_leaves_the_rest_where_it_stands():
     for orders in itertools.product([None, 0, 1, -1], repeat=4):
         got = [o[0] for o in compose([], [Step(i, o) for i, o in enumerate(orders)])]
-        assert got == sorted(range(4), key=lambda i: (orders[i] or 0, i)) # an order of none counts as 0
+        assert [i for i, o in enumerate(orders) if o is None] == [i for i, j in enumerate(got) if orders[j] is None]
+        assert all(got[i] == i for i, o in enumerate(orders) if o is None)
+        assert [j for j in got if orders[j] is not None] == sorted((i for i, o in enumerate(orders) if o is not None), key=lambda i: (orders[i], i))
 
 def test_compose_hands_on_all_arguments():
     assert compose([], [Step('a'), Step('b')], 1, two=2) == [('a', 1, ('two', 2)), ('b', 1, ('two', 2))]
@@ -134,7 +136,7 @@ def test_compose_takes_one_none_another_key_and_any_iterable():
     assert compose(x, None) is x and compose(x, []) is x and compose(-3, abs) == 3 and compose(-3, (f for f in (abs, str))) == '3'
     a, b = Step('a'), Step('b', order=-1)
     a.rank, b.rank = 0, 1
-    assert [o[0] for o in compose([], [a, b], order_key='rank')] == ['a', 'b'] and [o[0] for o in compose([], [a, b])] == ['b', 'a']
+    assert [o[0] for o in compose([], [a, b], order_key='rank')] == ['a', 'b'] and [o[0] for o in compose([], [b, a], order_key='rank')] == ['a', 'b']
 
 def test_compose_takes_a_module_as_one_function():
     model = nn.Sequential(nn.Flatten(), nn.ReLU())

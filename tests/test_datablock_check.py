@@ -9,9 +9,11 @@ import pytest
 import torch
 from test_datablock import Jitter, assert_same_batches, folder, labeled, rng_states, same, save # noqa: F401 (a fixture)
 
-from dl2lib.datablock import (CategoryProcessor, CheckError, Dataset, ImageFileError, ImageList, ItemList, LabeledData, MultiCategoryProcessor, Paths,
-                              ResizeFixed, SeededDataset, SplitData, collate, explain, get_dls, grandparent_splitter, label_by_func, make_rgb, open_image,
+from dl2lib.check import CheckError, explain
+from dl2lib.datablock import (CategoryProcessor, Dataset, ImageFileError, ImageList, ItemList, LabeledData, MultiCategoryProcessor, Paths,
+                              ResizeFixed, SplitData, get_dls, grandparent_splitter, label_by_func, make_rgb, open_image,
                               parent_labeler, to_byte_tensor)
+from dl2lib.loader import SeededDataset, collate
 
 TFMS = [make_rgb, ResizeFixed(8), to_byte_tensor]
 by_folder = partial(grandparent_splitter, valid_name='val')
@@ -39,7 +41,8 @@ def test_explain_of_each_kind_of_data(folder):
     words = ItemList(['one', 'three'], tfms=[str.upper, len]).explain(1)
     assert [row[:4] for row in words] == [['item', 'str', '', 'three'], ['str.upper', 'str', '', 'THREE'], ['len', 'int', '', '5']]
     with pytest.raises(IndexError, match='16 is out of range'): data.explain(16)
-    with pytest.raises(TypeError, match='not Dataset'): explain(Dataset([1], [2]))
+    assert [row[1] for row in explain(Dataset([1], [2.]))][-1] == 'tuple'
+    with pytest.raises(TypeError, match='not int'): explain(3)
 
 def test_explain_ends_where_it_fails_and_names_why(folder):
     def fall(x): raise RuntimeError('over')
@@ -156,7 +159,7 @@ def test_check_without_labels_or_with_a_wrong_policy(folder):
     distinct = SplitData(ItemList(['a', 'b']), ItemList(['c', 'd']))
     assert 'no problems' in repr(distinct.check()) and not distinct.check().problems
     with pytest.raises(ValueError, match="unreadable='ignore'"): split(folder).check(unreadable='ignore')
-    with pytest.raises(ValueError, match='labelling: <lambda>'): split(folder).check(lambda fn: 1/0)
+    with pytest.raises(ValueError, match='labeling: <lambda>'): split(folder).check(lambda fn: 1/0)
 
 def test_check_does_not_depend_on_the_threads(thousand):
     reports = [repr(split(thousand[0]).check(parent_labeler, unreadable='skip', threads=n)) for n in (1, 3)]
@@ -264,7 +267,7 @@ def test_what_does_not_say_of_itself_that_it_is_still_is_seeded(folder, kw):
 
 def test_where_every_step_says_that_it_is_still_nothing_is_seeded(folder, monkeypatch):
     data, seeded = labeled(folder), []
-    monkeypatch.setattr(SeededDataset, '_seeded', lambda self, seed, i: seeded.append(i) or self.ds[i])
+    monkeypatch.setattr('dl2lib.loader.seed_cpu', seeded.append)
     list(data.to_databunch(5, seed=3).train_dl)
     assert not seeded
     data.train.x.tfms = [*data.train.x.tfms, Jitter()] # also when it is changed later

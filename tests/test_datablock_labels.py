@@ -90,7 +90,7 @@ def test_column_splitter(words):
 
 def test_a_table_from_a_file_and_its_rows_without_a_file(tmp_path):
     t = table(tmp_path, 'name,is_valid\ncat/0.jpg,false\ncat/1.jpg,true\ngone.jpg,true\n')
-    with pytest.warns(UserWarning, match='1 of 3 rows of the table fit no item: gone.jpg'):
+    with pytest.warns(UserWarning, match='1 of 3 rows of the table .*t.csv fit no item: gone.jpg'):
         assert split_by_func(FILES[:2], ColumnSplitter(t)) == ([Path('data/cat/0.jpg')], [Path('data/cat/1.jpg')])
 
 @pytest.mark.parametrize('text, error', [
@@ -98,7 +98,7 @@ def test_a_table_from_a_file_and_its_rows_without_a_file(tmp_path):
     ('file,is_valid\na.jpg,1\n', "has no column 'name'"), ('name,is_valid\n,1\n', "row 1: the column 'name' is empty"),
     ('name,is_valid\na.jpg,perhaps\n', "a.jpg has 'perhaps' in the column 'is_valid'"), ('name,is_valid\na.jpg\n', "a.jpg has None"),
     ('name,is_valid\na.jpg,1\na.jpg,0\n', "a.jpg has '1' and '0'"),
-    ('name,is_valid\ncat/0.jpg,1\n', '73 of 74 items have no row in the table: data/cat/1.jpg')])
+    ('name,is_valid\ncat/0.jpg,1\n', '73 of 74 items have no row in the table .*t.csv: data/cat/1.jpg')])
 def test_what_a_table_gets_wrong(tmp_path, text, error):
     with pytest.raises(ValueError, match=error): split_by_func(FILES, ColumnSplitter(table(tmp_path, text)))
 
@@ -112,7 +112,7 @@ def test_column_labeler(tmp_path):
     assert LabeledData.label_by_func(both, ColumnLabeler(t, 'tags', sep=';')).y.items == [['furry', 'small'], []]
     assert ColumnLabeler(t)('other/data/yeti/0.jpg') == 'yeti'
     assert pickle.loads(pickle.dumps(ColumnLabeler(t)))(FILES[0]) == 'cat'
-    with pytest.raises(ValueError, match='data/cat/1.jpg has no row in the table'): LabeledData.label_by_func(ItemList(FILES), ColumnLabeler(t))
+    with pytest.raises(ValueError, match='have no row in the table .*t.csv: data/cat/1.jpg'): LabeledData.label_by_func(ItemList(FILES), ColumnLabeler(t))
 
 def test_a_row_that_fits_a_training_and_a_validation_file_is_no_label():
     sd = SplitData(ItemList(Paths(['train/cat/1.jpg'])), ItemList(Paths(['val/dog/1.jpg'])))

@@ -17,7 +17,8 @@ from dl2lib import safefile
 from dl2lib.datablock import (CategoryProcessor, ImageFileError, ImageList, ItemList, LabeledData, Paths, ResizeFixed, SplitData, Transform,
                               get_dls, grandparent_splitter, label_by_func, make_rgb, open_image, parent_labeler, random_splitter,
                               to_byte_tensor, to_float_tensor)
-from dl2lib.datacache import CachedList, CacheError, CacheFile, cached, jpeg_decoder
+from dl2lib.datacache import CachedList, CacheError, CacheFile, cached
+from dl2lib.images import jpeg_decoder
 from dl2lib.safefile import locked
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*TorchVision are deprecated', 'ignore:This DataLoader will create 4')
@@ -732,71 +733,6 @@ def test_images_of_other_sizes_are_written_in_bounded_pieces(tmp_path, store):
     assert max(most) <= 2**26 and sum(most) == 40*3_000_000 and len(c.file) == 40 and not live
     assert c[17].getpixel((5, 5)) == (17, 0, 0)
 
-
-# The JPEG decoder
-
-def as_bytes(fn): return to_byte_tensor(make_rgb(open_image(fn)))
-
-@pytest.mark.parametrize('mode, kw', [
-    *(('RGB', dict(format='JPEG', quality=q, subsampling=s)) for q, s in ((95, 0), (75, 2), (20, 1))), ('RGB', dict(format='JPEG', progressive=True)),
-    ('L', dict(format='JPEG')), ('CMYK', dict(format='JPEG')), ('RGB', dict(format='JPEG', exif=b'Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0')),
-    *((m, dict(format='PNG')) for m in ('RGB', 'L', 'P', 'RGBA', 'LA', '1', 'I;16')), ('RGB', dict(format='PNG', transparency=(1, 2, 3))), ('P', dict(format='GIF')),
-    ('RGB', dict(format='WEBP', lossless=True)), ('RGBA', dict(format='WEBP')), ('RGB', dict(format='BMP')), ('RGB', dict(format='TIFF')), ('RGB', dict(format='PPM'))])
-def test_the_jpeg_decoder_against_pillow(tmp_path, mode, kw):
-    im = noise((33, 21), 4)
-    im = PIL.Image.fromarray((np.asarray(im.convert('L')).astype(np.uint16)*257)) if mode == 'I;16' else im.convert(mode)
-    im.save(tmp_path/'image', **kw)
-    a, b = jpeg_decoder(tmp_path/'image'), as_bytes(tmp_path/'image')
-    assert a.dtype == torch.uint8 and a.shape == b.shape == (3, 21, 33)
-    diff = (a.int() - b.int()).abs()
-    if kw['format'] == 'JPEG': assert diff.max() <= 4 and diff.float().mean() < .5 # other builds of libjpeg round otherwise
-    else: assert diff.max() == 0
-    same(jpeg_decoder(str(tmp_path/'image')), a)
-
-def test_the_jpeg_decoder_behind_an_image_list(folder):
-    il = images(folder, decoder=jpeg_decoder)
-    assert il[0].shape == (3, 8, 8) and il[0].dtype == torch.uint8
-    diff = torch.stack([(a.int()-b.int()).abs().float().mean() for a, b in zip(il, images(folder))])
-    assert diff.max() < 1
-    pickle.loads(pickle.dumps(il))[0]
-
-def test_the_jpeg_decoder_refuses_what_pillow_refuses(folder, tmp_path, monkeypatch):
-    fn = folder/'train'/'c0'/'0.jpg'
-    whole = fn.read_bytes()
-    for n in [*range(0, len(whole)-2, 7), len(whole)-2, len(whole)-1]:
-        (tmp_path/'a.jpg').write_bytes(whole[:n])
-        with pytest.raises(ImageFileError, match=r'a\.jpg cannot be read'): ImageList([tmp_path/'a.jpg'], decoder=jpeg_decoder)[0]
-    monkeypatch.setattr(PIL.Image, 'MAX_IMAGE_PIXELS', 319)
-    with pytest.raises(ImageFileError, match='20x16 pixels are more than the 319'): ImageList([fn], decoder=jpeg_decoder)[0]
-    monkeypatch.setattr(PIL.Image, 'MAX_IMAGE_PIXELS', None)
-    assert ImageList([fn], decoder=jpeg_decoder)[0].shape == (3, 16, 20)
-    huge = bytearray(whole)
-    at = next(i for i in range(len(huge)) if huge[i] == 0xff and huge[i+1] in (0xc0, 0xc2))
-    huge[at+5:at+9] = b'\xff\xff\xff\xff'
-    (tmp_path/'bomb.jpg').write_bytes(huge)
-    monkeypatch.undo()
-    with pytest.raises(ImageFileError, match='65535x65535 pixels are more'): ImageList([tmp_path/'bomb.jpg'], decoder=jpeg_decoder)[0]
-
-def test_the_jpeg_header_is_read_past_a_thumbnail_and_fill_bytes(tmp_path):
-    out = io.BytesIO(); noise((9, 7), 1).save(out, 'JPEG')
-    thumb = io.BytesIO(); noise((3, 2), 1).save(thumb, 'JPEG')
-    app = thumb.getvalue()
-    b = out.getvalue()[:2] + b'\xff\xff\xff\xe5' + struct.pack('>H', len(app)+2) + app + out.getvalue()[2:]
-    assert dc._jpeg_size(b) == (9, 7, 3)
-    (tmp_path/'a').write_bytes(b)
-    assert jpeg_decoder(tmp_path/'a').shape == (3, 7, 9)
-
-def test_without_the_operator_torchvisions_function_does_the_same(folder, monkeypatch):
-    import torchvision # noqa: F401 - it has to be there before the operators are hidden
-    fn = folder/'train'/'c0'/'0.jpg'
-    ref = jpeg_decoder(fn)
-    for ops in type('', (), {}), type('', (), dict(decode_jpeg=type('', (), dict(default=type('', (), dict(_schema=type('', (), dict(arguments=[1])))))))):
-        monkeypatch.setattr(torch.ops, 'image', ops, raising=False)
-        real = dc._torchvision_jpeg.__wrapped__()
-        assert isinstance(real, partial)
-    monkeypatch.undo()
-    monkeypatch.setattr(dc, '_torchvision_jpeg', lambda: partial(__import__('torchvision').io.decode_jpeg, mode='RGB'))
-    same(jpeg_decoder(fn), ref)
 
 def test_torchvision_is_imported_by_the_decoder_alone():
     p = subprocess.run([sys.executable, '-c', 'import sys, dl2lib.datacache; print("torchvision" in sys.modules)'], capture_output=True, text=True, cwd=here.parent)

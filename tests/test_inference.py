@@ -16,9 +16,11 @@ from dl2lib.callbacks import (AvgStatsCallback, BatchTransformXCallback, Callbac
 from dl2lib.checkpoints import StateFileError, read_state, write_state
 from dl2lib.convnet import ConvLayer, GeneralRelu, Lambda, conv_layer, flatten, view_tfm
 from dl2lib.datablock import (ByteToFloat, CategoryProcessor, DataBunch, ImageFileError, ImageList, MultiCategoryProcessor, Normalizer, ResizeFixed,
-                              SeededDataLoader, SplitData, Transform, label_by_func, make_rgb, norm_imagenette, parent_labeler, to_byte_tensor,
+                              SplitData, Transform, label_by_func, make_rgb, norm_imagenette, parent_labeler, to_byte_tensor,
                               to_float_tensor)
-from dl2lib.datacache import cached, jpeg_decoder, open_bytes
+from dl2lib.datacache import cached
+from dl2lib.images import jpeg_decoder, open_bytes
+from dl2lib.loader import SeededDataLoader
 from dl2lib.inference import ConfusionMatrix, TopLosses, confusion_matrix, load_learner
 from dl2lib.learner import Learner, get_learner
 from dl2lib.practice import BatchTransformYCallback, MixedPrecision

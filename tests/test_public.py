@@ -7,7 +7,8 @@ from repo_tools import front_door, python
 
 PUBLIC = {
     'state': '''set_seed preserve_rng preserve_mode''',
-    'core': '''test_eq test_near listify setify uniqueify compose ListContainer Table camel2snake noop default_device to_device set_seed''',
+    'core': '''test_eq test_near listify setify uniqueify compose ListContainer Table camel2snake noop default_device
+        to_device set_seed''',
     'safefile': '''''',
     'scoreboard': '''record_score plot_scoreboard''',
     'datasets': '''shape_names imagenette_names data_dir shape_image shapes shapes_tensors imagenette''',
@@ -20,12 +21,18 @@ PUBLIC = {
         model_summary''',
     'lsuv': '''lsuv_init lsuv_module''',
     'resnet': '''ResBlock get_resnet_layers get_resnet_model''',
-    'datablock': '''image_extensions norm_imagenette show_image get_files ItemList ImageFileError open_image ImageList Transform make_rgb MakeRGB
-        ResizeFixed to_byte_tensor to_float_tensor grandparent_splitter random_splitter split_by_func SplitData Splitter IndexSplitter
-        NameSplitter ColumnSplitter parent_labeler re_labeler ColumnLabeler StratifiedSplitter Processor UnknownLabelError
-        CategoryProcessor MultiCategoryProcessor LabeledData label_by_func Dataset get_dls DataBunch databunchify show_batch explain
-        CheckError check ByteToFloat normalize_chan normalize_to''',
-    'datacache': '''CacheError cached open_bytes jpeg_decoder''',
+    'files': '''image_extensions get_files''',
+    'images': '''ImageFileError open_image make_rgb open_bytes jpeg_decoder''',
+    'splits': '''Splitter IndexSplitter NameSplitter ColumnSplitter ColumnLabeler StratifiedSplitter''',
+    'loader': '''get_dls''',
+    'datablock': '''norm_imagenette ItemList ImageList Transform MakeRGB ResizeFixed to_byte_tensor to_float_tensor
+        grandparent_splitter random_splitter split_by_func SplitData parent_labeler re_labeler Processor
+        UnknownLabelError CategoryProcessor MultiCategoryProcessor LabeledData label_by_func Dataset DataBunch
+        databunchify show_image show_batch ByteToFloat normalize_chan normalize_to image_extensions get_files
+        ImageFileError open_image make_rgb Splitter IndexSplitter NameSplitter ColumnSplitter StratifiedSplitter
+        ColumnLabeler get_dls''',
+    'check': '''explain CheckError check''',
+    'datacache': '''CacheError cached''',
     'foreach': '''''',
     'groups': '''''',
     'optimizers': '''sgd_opt sgd_mom_opt sgd_step weight_decay l2_reg get_defaults maybe_update Stat AverageGrad debias lin_comb momentum_step

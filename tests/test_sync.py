@@ -283,6 +283,7 @@ import dl2libre.g, torch.h
     assert set(imported(src)) == set('abcdef')
 
 ORDER = {name: i for i, name in enumerate(front_door())}
+LATE = {('datablock', 'check')} # methods that stand in their class, thin, and import the room behind them when they are called
 
 def test_the_front_door_names_every_module_once():
     named = front_door()
@@ -300,10 +301,10 @@ def test_no_notebook_imports_a_later_module(path):
         for m in imported(TransformerManager().transform_cell(source(cell))):
             if m == 'all': assert (name is None or path == last) and not exports, f'{path.name} imports dl2lib.all, which needs every chapter:\n{source(cell)}'
             elif m in ORDER: # cells that are not exported may import what their own notebook has exported
-                assert name is None or ORDER[m] < ORDER[name] + (not exports), f'{path.name} imports {m}, which comes later in dl2lib/all.py:\n{source(cell)}'
+                assert name is None or (name, m) in LATE or ORDER[m] < ORDER[name] + (not exports), f'{path.name} imports {m}, which comes later in dl2lib/all.py:\n{source(cell)}'
             else: assert m == '__version__', f'{path.name} imports dl2lib.{m}, which no notebook exports:\n{source(cell)}'
 
 @pytest.mark.parametrize('name', CHAPTERS)
 def test_no_module_imports_a_later_one(name):
     for m in imported((ROOT/'dl2lib'/f'{name}.py').read_text(encoding='utf-8')):
-        assert m == '__version__' or ORDER.get(m, len(ORDER)) < ORDER[name], f'dl2lib/{name}.py imports {m}, which comes later in dl2lib/all.py, or nowhere'
+        assert m == '__version__' or (name, m) in LATE or ORDER.get(m, len(ORDER)) < ORDER[name], f'dl2lib/{name}.py imports {m}, which comes later in dl2lib/all.py, or nowhere'

@@ -114,7 +114,7 @@ def test_help_names_every_option_and_its_default(capsys):
 # --- what is wrong is one line ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('args, text', [
-    (['no/such/folder'], 'no/such/folder: there is no such folder'), (['FOLDER', '--bs', '1000'], 'bs=1000 is more than the 160 training items'),
+    (['no/such/folder'], 'no/such/folder: there is no such folder'), (['FOLDER', '--bs', '0'], 'bs=0'),
     (['FOLDER', '--device', 'abacus'], "device='abacus'"), (['FOLDER', '--size', '0'], 'size=0'), (['FOLDER', '--size', 'big'], '--size: invalid int'),
     (['FOLDER', '--opt', 'adm'], "--opt: invalid choice: 'adm'"), (['FOLDER', '--lr', 'fast'], '--lr'), (['FOLDER', '--mixup', '-1'], 'mixup=-1'),
     (['FOLDER', '--epoch', 'x'], 'invalid int'), (['FOLDER', '--warp', '9'], 'unrecognized arguments: --warp 9'), (['EMPTY'], 'EMPTY')], ids=str)

@@ -5,7 +5,7 @@ ANSWERS = {
                'def pipeline(*funcs): return Pipeline(funcs)'],
         wrong=[('def pipeline(*funcs): return lambda x: compose(x, funcs)', 'pickle'),
                ('def pipeline(*funcs):\n    def run(x): return compose(x, funcs)\n    return run', 'pickle'),
-               ('def in_order(x, funcs):\n    for f in funcs: x = f(x)\n    return x\n\ndef pipeline(*funcs): return partial(in_order, funcs=funcs)', '_order'),
+               ('def one_by_one(x, funcs):\n    for f in funcs: x = f(x)\n    return x\n\ndef pipeline(*funcs): return partial(one_by_one, funcs=funcs)', '_order'),
                ('def each_alone(x, funcs):\n    for f in sorted(funcs, key=lambda o: getattr(o, "_order", 0)): res = f(x)\n    return res if funcs else x\n\n'
                 'def pipeline(*funcs): return partial(each_alone, funcs=funcs)', 'left_half was left out'),
                ('def pipeline(*funcs): return compose(picture, funcs)', 'should return a function'),
