@@ -6,7 +6,7 @@
 __all__ = ['CacheError', 'cached']
 
 # %% ../nbs/engine/08_datacache.ipynb #08_datacache-002
-import copy, dis, enum, errno, functools, hashlib, json, mmap, os, random, re, shutil, struct, sys, sysconfig, types, zlib
+import copy, enum, errno, functools, hashlib, json, mmap, os, random, re, shutil, struct, sys, types, zlib
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path, PurePath
 
 import numpy as np
-import PIL.Image
+import PIL.ExifTags, PIL.Image
 import torch
 from torch import Tensor
 
@@ -34,13 +34,20 @@ class _DamagedError(CacheError): pass
 
 # %% ../nbs/engine/08_datacache.ipynb #08_datacache-020
 def _pack(o)->tuple: # kind, shape and bytes of what is stored; None for what cannot be
-    if isinstance(o, PIL.Image.Image): return (f'image {o.mode}', o.size, o.tobytes()) if o.mode in _modes else None
+    if isinstance(o, PIL.Image.Image): return (f'image {o.mode}', o.size, o.tobytes()) if o.mode in _modes and not _extra(o) else None
     if type(o) is np.ndarray: return None if o.dtype.hasobject or o.dtype.names else (f'array {o.dtype.str}', o.shape, o.tobytes())
     if type(o) is not Tensor or o.device.type != 'cpu' or o.layout != torch.strided or o.is_quantized or o.requires_grad: return None
     o = o.resolve_conj().resolve_neg().contiguous()
     return f'tensor {str(o.dtype)[6:]}', tuple(o.shape), o.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 _modes = frozenset('1 L LA RGB RGBA CMYK YCbCr I I;16 F'.split()) # those that `frombytes` makes again from `tobytes`
+
+
+
+def _extra(im)->str: # what a PIL image holds beside its pixels that a later step may go by, in words
+    turned = im.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1
+    kinds = ['transparency']*('transparency' in im.info) + ['an EXIF orientation']*turned + ['a content box']*('content_box' in im.info)
+    return f' with {" and ".join(kinds)}' if kinds else ''
 
 
 def _unpacker(kind): # -> function of (bytes, as an array, shape) that makes the thing anew, with memory of its own
@@ -176,11 +183,12 @@ def _trial(f, xs, items, declared=None): # what `f` gives for each; None, if it 
 
 # %% ../nbs/engine/08_datacache.ipynb #08_datacache-039
 _generators = random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator, torch.Generator
-_unkeyed = frozenset('''__module__ __dict__ __weakref__ __doc__ __qualname__ __annotations__ __firstlineno__ __static_attributes__ __abstractmethods__
-    _abc_impl __parameters__ __orig_bases__ __slots__ __dataclass_fields__ __dataclass_params__ __match_args__'''.split()) # of a class
+_plain = (type(None), bool, int, float, complex, str, bytes, range, slice, type(...), np.generic, np.dtype, torch.dtype,
+          torch.device, torch.memory_format, torch.layout) # whose `repr` says all of it
 
 
 class _OwnGenerator(Exception): "A random generator among a transform's values."
+class _Nameless(Exception): "A lambda among them."
 
 
 def _digest(*parts)->bytes:
@@ -188,129 +196,62 @@ def _digest(*parts)->bytes:
     pieces = [p if isinstance(p, bytes) else str(p).encode('utf-8', 'surrogateescape') for p in parts]
     return digest(*(x for p in pieces for x in (len(p).to_bytes(8, 'little'), p)))[:16]
 
-# %% ../nbs/engine/08_datacache.ipynb #08_datacache-041
-def _module_of(o)->str:
-    if isinstance(o, types.ModuleType): return o.__name__
-    return getattr(o, '__module__', None) or getattr(getattr(o, '__objclass__', None), '__module__', None) or 'builtins'
-
-
-def _library(o): # module, name and version of what comes with Python or an installed package; None for the user's own
-    module = _module_of(o)
-    m = sys.modules.get(module)
-    if m is None or module == '__main__': return None
-    file = getattr(m, '__file__', None)
-    if file is None: known = module in sys.builtin_module_names and not isinstance(o, types.FunctionType) # else written by `exec`
-    else: known = {'site-packages', 'dist-packages'} & set(Path(file).parts) or file.startswith(tuple(map(sysconfig.get_path, ('stdlib', 'platstdlib'))))
-    top, python = sys.modules.get(module.split('.')[0]), 'of Python {}.{}'.format(*sys.version_info)
-    return f'{module}.{getattr(o, "__qualname__", "")} {getattr(top, "__version__", python)}' if known else None
-
-# %% ../nbs/engine/08_datacache.ipynb #08_datacache-042
-def _unkeyable(o, where):
-    return CacheError(f'{where} is a {type(o).__qualname__}, of which cached(...) cannot know whether it has changed: give the object '
-                      'that holds it an attribute cache_key, a text or number that you change whenever the result does')
-
-
-def _filled(cell): # one of a function that refers to what is defined later may be empty
-    try: cell.cell_contents
-    except ValueError: return False
-    return True
-
-
-def _globals_of(code)->set: # names of the globals that a function's code reads
-    names = {i.argval for i in dis.get_instructions(code) if i.opname in ('LOAD_GLOBAL', 'LOAD_NAME')}
-    return names.union(*(_globals_of(c) for c in code.co_consts if isinstance(c, types.CodeType)))
-
 # %% ../nbs/engine/08_datacache.ipynb #08_datacache-044
-class _Keyer:
-    "Digests of functions and values that are the same in every process, and others when the code or a value is."
-    def __init__(self): self.done, self.open = {}, set()
-
-    def key(self, o, where)->bytes: # where it was found, in words
-        if id(o) in self.done: return self.done[id(o)][0]
-        if id(o) in self.open: return _digest('cycle', getattr(o, '__qualname__', ''))
-        self.open.add(id(o))
-        try: res = _digest(type(o).__qualname__, *self.parts(o, where))
-        finally: self.open.discard(id(o))
-        self.done[id(o)] = res, o # kept, so that its id is not given to another
-        return res
-
-    def keys(self, vs, where)->list: return [self.key(v, where) for v in vs]
-    def items(self, d, where): return [p for k in sorted(d) for p in (k, self.key(d[k], f'{where}.{k}'))] # of attributes
-
-    def parts(self, o, where)->list: # texts and bytes that say what `o` is
-        if isinstance(o, _generators): raise _OwnGenerator(where)
-        own = None if isinstance(o, type) else getattr(o, 'cache_key', None)
-        if own is not None: return ['cache_key', self.key(own() if callable(own) else own, f'{where}.cache_key')]
-        for kinds, f in _key_parts.items():
-            if isinstance(o, kinds): return f(self, o, where)
-        return self.instance(o, where)
-
-    def function(self, f, where):
-        if lib := _library(f): return [lib]
-        g = f.__globals__
-        used = {n: g[n] for n in _globals_of(f.__code__) if n in g}
-        cells = {n: c.cell_contents for n, c in zip(f.__code__.co_freevars, f.__closure__ or ()) if _filled(c)}
-        return [f.__qualname__, self.key(f.__code__, where), self.key(f.__defaults__, where), self.key(f.__kwdefaults__, where),
-                *self.items(cells, where), *self.items(vars(f), where), *self.items(used, where)]
-
-    def code(self, c, where):
-        return [c.co_name, c.co_code, c.co_exceptiontable, c.co_flags, c.co_argcount, c.co_kwonlyargcount, c.co_posonlyargcount, c.co_names,
-                c.co_varnames, c.co_freevars, c.co_cellvars, *self.keys(c.co_consts, where)]
-
-    def cls(self, c, where):
-        if lib := _library(c): return [lib]
-        if c.__module__ == ItemList.__module__ and issubclass(c, ItemList): return [c.__qualname__, self.key(c.get, where)]
-        return [c.__qualname__, *self.keys(c.__bases__, where), *self.items({k: v for k, v in vars(c).items() if k not in _unkeyed}, where)]
-
-    def module(self, m, where): # the user's own: its text
-        return [_library(m) or (Path(m.__file__).read_bytes() if getattr(m, '__file__', None) else m.__name__)]
-
-    def instance(self, o, where): # what a pickle would hold
-        try: made = o.__reduce_ex__(4)
-        except Exception as e: raise _unkeyable(o, where) from e
-        if isinstance(made, str): return [made, self.key(getattr(o, '__wrapped__', None), where)]
-        made, args, state, *more = *made, *[None]*(5-len(made))
-        if isinstance(state, tuple) and len(state) == 2: state = {**(state[0] or {}), **(state[1] or {})} # with __slots__
-        named = isinstance(state, dict) and all(isinstance(k, str) for k in state)
-        attrs = self.items(state, where) if named else [self.key(state, where)]
-        return [self.key(made, where), self.key(args, where), *attrs, *(self.key(list(it or ()), where) for it in more)]
-
-# %% ../nbs/engine/08_datacache.ipynb #08_datacache-046
-def _sorted_pairs(keyer, d, where): # of a dict
-    return [p for pair in sorted((keyer.key(k, where), keyer.key(v, f'{where}[{k!r}]')) for k, v in d.items()) for p in pair]
+def _name(o)->str: # of a function or class, with its module, if it is not the program itself
+    name, module = getattr(o, '__qualname__', None) or o.__name__, getattr(o, '__module__', None) or ''
+    return name if module in ('__main__', '__mp_main__') else f'{module}.{name}'
 
 
-def _builtin(keyer, f, where): # a function in C, or a method of an object
-    bound = not isinstance(f.__self__, (types.ModuleType, type(None)))
-    return [_library(f) or f.__qualname__, *keyer.keys([f.__self__]*bound, where)]
+def _filled(cells)->list: # of a function: one that refers to what is defined later may be empty
+    try: return [c.cell_contents for c in cells or ()]
+    except ValueError: return []
 
 
-def _array(keyer, a, where):
-    return [a.dtype, a.shape, *(keyer.keys(a.ravel().tolist(), where) if a.dtype.hasobject else [a.tobytes()])]
+def _state(o, where)->list: # what a pickle of an object would hold
+    try: made = o.__reduce_ex__(4)
+    except Exception as e:
+        raise CacheError(f'{where} is a {type(o).__qualname__}, of which cached(...) cannot know whether it has changed: give the '
+                         'object that holds it an attribute cache_key, a text or number that you change whenever it does') from e
+    if isinstance(made, str): return [made]
+    made, args, state, *more = *made, *[None]*(5-len(made))
+    if isinstance(state, tuple) and len(state) == 2: state = {**(state[0] or {}), **(state[1] or {})} # with __slots__
+    return [made, args, state, *(list(it or ()) for it in more)]
 
 
-def _tensor(keyer, t, where): return [t.dtype, tuple(t.shape), (_pack(t.detach().cpu().as_subclass(Tensor)) or [repr(t)])[-1]]
-
-
-_key_parts = { # kinds of values -> what they are keyed by
-    enum.Enum: lambda k, o, where: [type(o).__qualname__, o.name],
-    (type(None), bool, int, float, complex, str, bytes, range, slice, type(...), np.generic, np.dtype, torch.dtype, torch.device,
-     torch.memory_format, torch.layout, types.GenericAlias, types.UnionType): lambda k, o, where: [repr(o)],
-    PurePath: lambda k, o, where: [str(o)],
-    re.Pattern: lambda k, o, where: [k.key(o.pattern, where), o.flags],
-    (list, tuple): lambda k, o, where: k.keys(o, where),
-    (dict, types.MappingProxyType): _sorted_pairs,
-    (set, frozenset): lambda k, o, where: sorted(k.keys(o, where)),
-    np.ndarray: _array, Tensor: _tensor, types.BuiltinFunctionType: _builtin,
-    PIL.Image.Image: lambda k, o, where: [o.mode, o.size, o.tobytes()],
-    types.FunctionType: _Keyer.function, types.CodeType: _Keyer.code, type: _Keyer.cls, types.ModuleType: _Keyer.module,
-    functools.partial: lambda k, o, where: k.keys((o.func, o.args, o.keywords), where),
-    types.MethodType: lambda k, o, where: k.keys((o.__func__, o.__self__), where),
-    (staticmethod, classmethod): lambda k, o, where: k.keys((o.__func__,), where),
-    property: lambda k, o, where: k.keys((o.fget, o.fset), where),
-    (types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType,
-     np.ufunc): lambda k, o, where: [_library(o) or '', getattr(o, '__qualname__', o.__name__)],
-}
+def _key(o, where, inside=())->bytes: # anything; where it was found, in words; ids of what it lies in
+    "A digest of names and values that is the same in every process."
+    def key(v, at=''): return _key(v, where+at, (*inside, id(o)))
+    def attributes(d): return [p for k in sorted(d, key=str) for p in (str(k), key(d[k], f'.{k}'))]
+    if isinstance(o, _generators): raise _OwnGenerator(where)
+    if id(o) in inside: return _digest('cycle')
+    own = None if isinstance(o, type) else getattr(o, 'cache_key', None)
+    if own is not None: parts = ['cache_key', key(own() if callable(own) else own)]
+    elif isinstance(o, enum.Enum): parts = [o.name]
+    elif isinstance(o, _plain): parts = [repr(o)]
+    elif isinstance(o, PurePath): parts = [str(o)]
+    elif isinstance(o, re.Pattern): parts = [o.pattern, o.flags]
+    elif isinstance(o, (list, tuple)): parts = map(key, o)
+    elif isinstance(o, (set, frozenset)): parts = sorted(map(key, o))
+    elif isinstance(o, (dict, types.MappingProxyType)):
+        parts = [p for pair in sorted((key(k), key(v, f'.{k}')) for k, v in o.items()) for p in pair]
+    elif isinstance(o, np.ndarray): parts = [o.dtype, o.shape, key(o.tolist()) if o.dtype.hasobject else o.tobytes()]
+    elif isinstance(o, Tensor): parts = [o.dtype, tuple(o.shape), (_pack(o.detach().cpu().as_subclass(Tensor)) or [repr(o)])[-1]]
+    elif isinstance(o, PIL.Image.Image): parts = [o.mode, o.size, o.tobytes()]
+    elif isinstance(o, functools.partial): parts = map(key, (o.func, o.args, o.keywords))
+    elif isinstance(o, types.MethodType): parts = key(o.__func__), key(o.__self__)
+    elif isinstance(o, types.FunctionType):
+        if o.__name__ == '<lambda>': raise _Nameless(where)
+        cells = zip(o.__code__.co_freevars, _filled(o.__closure__))
+        parts = [_name(o), key(o.__defaults__), key(o.__kwdefaults__), *attributes(dict(cells)), *attributes(vars(o))]
+    elif isinstance(o, (type, types.ModuleType, np.ufunc)): parts = [_name(o)]
+    elif callable(o) and hasattr(o, '__qualname__'): # a function in C, bound to an object or not
+        bound = getattr(o, '__self__', None)
+        parts = [_name(o), *([] if isinstance(bound, (types.ModuleType, type(None))) else [key(bound)])]
+    else:
+        state = _state(o, where)
+        named = len(state) > 2 and isinstance(state[2], dict) and all(isinstance(k, str) for k in state[2])
+        parts = [key(v) for v in state[:2]] + (attributes(state[2]) if named else [key(v) for v in state[2:3]]) + [key(v) for v in state[3:]]
+    return _digest(type(o).__qualname__, *parts)
 
 # %% ../nbs/engine/08_datacache.ipynb #08_datacache-052
 def _versions()->str: # of what decides on pixels
@@ -323,17 +264,21 @@ def _versions()->str: # of what decides on pixels
 class _Plan: # what of an item list is covered, by what key, and how large it will be
     def __init__(self, il):
         if not len(il): raise CacheError(f'{type(il).__name__} has no items: there is nothing to cache')
-        self.il, self.covered, keyer = il, [], _Keyer()
+        self.il, self.covered = il, []
         self.items = [il.items[i] for i in sorted({round(j*(len(il)-1)/7) for j in range(8)})] # to try things with
         odd = [o for o in self.items if not isinstance(o, (str, os.PathLike))]
         if odd: raise CacheError(f'{odd[0]!r} is no path: cached(...) takes lists of files')
-        keys, xs = [self._get_key(keyer)], self._get()
+        keys, xs = [self._get_key()], self._get()
         fs = in_order(il.tfms)
         for f in fs:
             ys = _trial(f, xs, self.items, _declared(f))
             if ys is None: break
-            try: keys.append(keyer.key(f, describe(f).partition('(')[0]))
+            try: keys.append(_key(f, describe(f).partition('(')[0]))
             except _OwnGenerator: break
+            except _Nameless as e:
+                warn(f'{e} has a lambda, which has no name to know it by: it is not cached, and neither is what comes after it; '
+                     'write a function with a name, or give it a cache_key')
+                break
             self.covered.append(f)
             xs = ys
         self.left, self.key = fs[len(self.covered):], _digest(_versions(), *keys)
@@ -350,17 +295,19 @@ class _Plan: # what of an item list is covered, by what key, and how large it wi
         if not _moved(before): return xs
         raise CacheError(f'{self.get_name} draws random numbers: what it gives cannot be cached')
 
-    def _get_key(self, keyer):
-        name, own = type(self.il).__name__, {k: v for k, v in vars(self.il).items() if k not in ('items', 'path', 'tfms')}
-        try: return _digest(keyer.key(type(self.il), name), *keyer.items(own, name))
-        except _OwnGenerator as e: raise CacheError(f'{e} is a random generator: what {self.get_name} gives cannot be cached') from None
+    def _get_key(self):
+        own = {k: v for k, v in vars(self.il).items() if k not in ('items', 'path', 'tfms', 'notes')}
+        try: return _digest(_name(type(self.il)), _key(own, type(self.il).__name__))
+        except _OwnGenerator as e:
+            raise CacheError(f'{e} is a random generator: what {self.get_name} gives cannot be cached') from None
+        except _Nameless as e: raise CacheError(f'{e} is a lambda, which has no name: give a function with a name') from None
 
     def item(self, s): return s if isinstance(self.items[0], str) else Path(s) # as the list has it
 
     def pack(self, o, x)->tuple:
         "Kind, shape and bytes of a covered item."
         if (res := _pack(x)) is not None: return res
-        what = f'a PIL image of mode {x.mode}' if isinstance(x, PIL.Image.Image) else f'a {type(x).__name__}'
+        what = f'a PIL image of mode {x.mode}{_extra(x)}' if isinstance(x, PIL.Image.Image) else f'a {type(x).__name__}'
         remedy = 'put make_rgb before' if isinstance(x, PIL.Image.Image) else 'end with to_byte_tensor, or with a plain tensor on the CPU'
         raise CacheError(f'{short(o)}: {([self.get_name] + list(map(describe, self.covered)))[-1]} gives {what}, which cannot be cached: {remedy}')
 
@@ -404,8 +351,8 @@ def _disk_errors(folder, n, size): # items; bytes of one, about
                                'by DL2LIB_DATA; without cached(...) the same training runs, only slower') from e
 
 # %% ../nbs/engine/08_datacache.ipynb #08_datacache-069
-def _stats(strs)->np.ndarray: # sizes and times of change, (n, 2)
-    return np.fromiter((v for s in map(os.stat, strs) for v in (s.st_size, s.st_mtime_ns)), '<i8', 2*len(strs)).reshape(-1, 2)
+def _stats(strs)->np.ndarray: # size, time of change and inode of each, (n, 3)
+    return np.fromiter((v for s in map(os.stat, strs) for v in (s.st_size, s.st_mtime_ns, s.st_ino % 2**63)), '<i8', 3*len(strs)).reshape(-1, 3)
 
 
 def _stem(strs)->str: # of sorted paths: the folder that they lie below, in letters that no file system minds
@@ -497,7 +444,7 @@ def cached(x,            # an `ItemList` of files, `LabeledData`, or `SplitData`
            threads=None, # that make it; None: one a core
           ):             # the same kind of data, whose inputs are `CachedList`s
     """Read each item as its transforms before the first random one leave it from one file, which is made now, unless there is one of the same
-    files (path, size, time of change) and transforms (code and values). A random transform says so by `random = True`, or is found when tried."""
+    files (path, size, time of change, inode) and transforms (names and values; `cache_key` for their code). A random transform says so by `random = True`, or is found when tried."""
     folder, groups = Path(data_dir()/'cache' if folder is None else folder).expanduser(), {}
     with preserve_rng():
         plans = [_Plan(il.uncached if isinstance(il, CachedList) else il) for il in _lists(x)]

@@ -6,7 +6,9 @@
 __all__ = ['TrainBundle', 'Runner', 'get_runner', 'get_batch']
 
 # %% ../nbs/04b_runner.ipynb #04b_runner-002
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from typing import Any, Callable
 
@@ -139,6 +141,33 @@ def _note_more(e, errors): # on the exception `e`, which nobody has caught: what
     for o in errors: e.add_note(f'then {o!r}, {", ".join(o.__notes__)}')
     return e
 
+# %% ../nbs/04b_runner.ipynb #04b_runner-026b
+def _ends_alone(dl)->bool: # whether an epoch over it ends in a batch of one item, after larger ones
+    batches = getattr(dl, 'batch_sampler', None)
+    bs = getattr(batches, 'bs', None) or getattr(batches, 'batch_size', None)
+    if not bs or batches.drop_last: return False
+    n = batches.n if hasattr(batches, 'n') else len(batches.sampler)
+    return n > bs > 1 and n % bs == 1
+
+
+@contextmanager
+def refuse_lone_item(loop):
+    "Inside, a training is refused at its first batch if BatchNorm would break at its last one, of a single item."
+    handles = {}
+    def look(name, layer, args):
+        if not layer.training: return
+        handles.pop(name).remove()
+        x = args[0]
+        if x.ndim < 2 or x[:1].numel() > x.shape[1]: return # several values per channel, even of one item
+        raise ValueError(f'the last batch of an epoch has one item, and {name} ({type(layer).__name__}) cannot normalize one value per '
+                         'channel: leave it out with get_dls(..., drop_last=True), or take another batch size')
+    if _ends_alone(loop.data.train_dl):
+        for name, m in loop.model.named_modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm): handles[name] = m.register_forward_pre_hook(partial(look, name))
+    try: yield
+    finally:
+        for h in handles.values(): h.remove()
+
 # %% ../nbs/04b_runner.ipynb #04b_runner-028
 class TrainLoop(CallbackHost):
     "Each step of training on the left, the event that callbacks may answer on the right. A subclass has `model opt loss_func data`."
@@ -209,7 +238,8 @@ class TrainLoop(CallbackHost):
         self.check_fit(epochs)
         for cb in self.cbs: cb.set_runner(self) # another loop may have had it in the meantime
         self.epochs, self.start, self._answers, begun, grad = epochs, start, _resolve(self.cbs), [], torch.is_grad_enabled()
-        try: self.all_epochs(begun)
+        try:
+            with refuse_lone_item(self): self.all_epochs(begun)
         except BaseException as e:
             _note_more(e, _end_fit(self, begun, grad))
             raise

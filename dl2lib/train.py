@@ -102,7 +102,8 @@ def make_data(path,        # a folder: `train/<class>/*` and `val/<class>/*`, or
     il = ImageList.from_files(path, tfms=[make_rgb, ResizeFixed(size), to_byte_tensor], include=include)
     ll = label_by_func(SplitData.split_by_func(il, splitter), parent_labeler, proc_y=CategoryProcessor())
     if cache: ll = cached(ll)
-    return ll.to_databunch(bs, c_in=3, seed=seed, **kwargs), how
+    alone = len(ll.train) > bs > 1 and len(ll.train) % bs == 1 # a last batch of one, which BatchNorm cannot normalize
+    return ll.to_databunch(bs, c_in=3, seed=seed, **{'drop_last': alone} | kwargs), how
 
 # %% ../nbs/11_train.ipynb #11_train-017
 def make_schedule(kind:str, # one_cycle, cosine or constant

@@ -514,3 +514,49 @@ def test_float_labels_are_float32_and_a_loss_takes_them():
     learn.fit(1)
     batch = collate([(1.5, [2.5, 3]), (0., [1., 4])])
     assert batch[0].dtype == torch.float32 and batch[1][0].dtype == torch.float32 and batch[1][1].dtype == torch.int64
+
+
+# 7. A last batch of one item is refused before the first step, where BatchNorm would break at it
+
+def bn_models():
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(3*64, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    deep = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2)) # one pixel is left
+    wide = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    frozen = nn.Sequential(nn.Flatten(), nn.Linear(3*64, 8), Frozen(8), nn.Linear(8, 2))
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(3*64, 2))
+    return dict(flat=flat, deep=deep, wide=wide, frozen=frozen, plain=plain)
+
+class Frozen(nn.BatchNorm1d): # stays in evaluation mode
+    def train(self, mode=True): return super().train(False)
+
+@pytest.mark.parametrize('loader', ['ours', 'torch'])
+@pytest.mark.parametrize('loop', ['learner', 'runner'])
+@pytest.mark.parametrize('name', bn_models())
+def test_a_lone_last_item_is_refused_where_batchnorm_would_break(name, loop, loader):
+    model, n_fits = bn_models()[name], 0
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    ds = torch.utils.data.TensorDataset(torch.rand(9, 3, 8, 8), torch.arange(9) % 2)
+    def fit(**kw):
+        dl = get_dls(ds, None, kw.pop('bs', 4), seed=0, **kw)[0] if loader == 'ours' else torch.utils.data.DataLoader(ds, kw.pop('bs', 4), **kw)
+        if loop == 'learner': return Learner(model, DataBunch(dl, None), F.cross_entropy).fit(2)
+        from dl2lib.runner import get_runner
+        learn, run = get_runner(model, DataBunch(dl, None), lr=.1)
+        run.fit(2, learn)
+    if name in ('flat', 'deep'):
+        with pytest.raises(ValueError, match='the last batch of an epoch has one item, and [12] .BatchNorm.*drop_last=True'): fit()
+        after = model.state_dict()
+        assert all(torch.equal(v, after[k]) for k, v in before.items()) # no step, no statistics
+    else: fit()
+    for kw in dict(drop_last=True), dict(bs=5), dict(bs=9), dict(bs=3), dict(bs=20): fit(**kw)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+def test_the_command_has_the_remedy(tmp_path, capsys):
+    from dl2lib.train import make_data
+    for c in 'ab':
+        for i in range(40): save(tmp_path/c/f'{i}.png', (8, 8), (i*6, ord(c), 0))
+    data, _ = make_data(tmp_path, size=8, seed=1)
+    n = len(data.train_ds)
+    for bs in range(2, n):
+        if n % bs == 1: break
+    data, _ = make_data(tmp_path, size=8, bs=bs, seed=1)
+    assert len(data.train_dl) == n//bs and [len(y) for _, y in data.train_dl] == [bs]*(n//bs)

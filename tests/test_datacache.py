@@ -275,12 +275,13 @@ def test_a_decoder_that_draws_is_refused(folder, store):
     with pytest.raises(CacheError, match='rng is a random generator'): cached(images(folder, decoder=Own(random.Random(0))), store)
 
 @pytest.mark.parametrize('tfm, text', [
-    (lambda im: im.convert('P'), "<lambda> gives a PIL image of mode P, which cannot be cached: put make_rgb before"),
-    (lambda im: {'a': 1}, '<lambda> gives a dict, which cannot be cached: end with to_byte_tensor'),
+    (lambda im: im.convert('P'), "odd gives a PIL image of mode P, which cannot be cached: put make_rgb before"),
+    (lambda im: {'a': 1}, 'odd gives a dict, which cannot be cached: end with to_byte_tensor'),
     (lambda im: torch.zeros(2, requires_grad=True), 'gives a Tensor'), (lambda im: torch.zeros(2).to_sparse(), 'gives a Tensor'),
     (lambda im: torch.nn.Parameter(torch.zeros(2)), 'gives a Parameter'), (lambda im: np.array([None]), 'gives a ndarray'),
     (lambda im: torch.zeros(2, device='meta'), 'gives a Tensor')])
 def test_what_cannot_be_stored_names_item_and_transform(folder, store, tfm, text):
+    tfm.__name__ = tfm.__qualname__ = 'odd'
     with pytest.raises(CacheError, match=rf'0\.jpg: .*{text}'): cached(ImageList.from_files(folder, tfms=[make_rgb, tfm]), store)
     assert not files(store)
 
@@ -353,31 +354,22 @@ def f_of(text, **scope):
     exec(textwrap.dedent(text), scope := dict(__name__='made') | scope)
     return scope['f']
 
-def key(o): return dc._Keyer().key(o, 'it')
+def key(o): return dc._key(o, 'it')
 
 base = 'def f(x, n=1): return x+n'
 @pytest.mark.parametrize('a, b', [
-    (f_of(base), f_of('def f(x, n=1): return x-n')), (f_of(base), f_of('def f(x, n=2): return x+n')), (f_of(base), f_of('def f(x, *, n=1): return x+n')),
-    (f_of('def f(x, *, n=1): return x+n'), f_of('def f(x, *, n=2): return x+n')), (f_of('def f(x): return x+1'), f_of('def f(x): return x+2')),
+    (f_of(base), f_of('def f(x, n=2): return x+n')), (f_of(base), f_of('def f(x, *, n=1): return x+n')), (f_of(base), f_of(base.replace('f(', 'g(') + '\nf = g')),
+    (f_of('def f(x, *, n=1): return x+n'), f_of('def f(x, *, n=2): return x+n')), (f_of('class f: pass'), f_of('class g: pass\nf = g')),
     (f_of('def g(n):\n  def f(x): return x+n\n  return f\nf = g(1)'), f_of('def g(n):\n  def f(x): return x+n\n  return f\nf = g(2)')),
-    (f_of('def f(x): return x+N', N=1), f_of('def f(x): return x+N', N=2)),
-    (f_of('def h(x): return x\ndef f(x): return h(x)'), f_of('def h(x): return x+1\ndef f(x): return h(x)')),
-    (f_of('def f(x): return [o+1 for o in x]'), f_of('def f(x): return [o+2 for o in x]')),
-    (f_of('def f(x): return (lambda: N)()', N=1), f_of('def f(x): return (lambda: N)()', N=2)),
-    (f_of('def f(x): return x in {1, 2}'), f_of('def f(x): return x in {1, 3}')),
-    (f_of('def f(x):\n  try: return x\n  except KeyError: return 1'), f_of('def f(x):\n  try: return x\n  except ValueError: return 1')),
-    (f_of('class f:\n  def __call__(s, x): return x'), f_of('class f:\n  def __call__(s, x): return x+1')),
-    (f_of('class f:\n  p = 1\n  def __call__(s, x): return x+s.p'), f_of('class f:\n  p = 2\n  def __call__(s, x): return x+s.p')),
-    (f_of('class b:\n  p = 1\nclass f(b): pass'), f_of('class b:\n  p = 2\nclass f(b): pass')),
-    (f_of('class f:\n  @property\n  def p(self): return 1'), f_of('class f:\n  @property\n  def p(self): return 2')),
-    (f_of('class f:\n  @staticmethod\n  def p(): return 1'), f_of('class f:\n  @staticmethod\n  def p(): return 2')),
+    (f_of('class f:\n  def __init__(s, n): s.n = n\nf = f(1)'), f_of('class f:\n  def __init__(s, n): s.n = n\nf = f(2)')),
+    (f_of(base + '\nf.cache_key = 1'), f_of(base + '\nf.cache_key = 2')), (f_of(base + '\nf.cache_key = 1'), f_of(base)),
     (partial(round, ndigits=1), partial(round, ndigits=2)), (partial(pow, 2), partial(pow, 3)), (partial(max, 1), partial(min, 1)), (str.upper, str.lower),
     ('a'.join, 'b'.join), (np.add, np.subtract), (torch.add, torch.sub), (1, 1.), (1, True), ('1', 1), (b'a', 'a'), (0., -0.), ([1], (1,)), ([1, 2], [2, 1]),
     ([[1], 2], [[1, 2]]), ({1: 2}, {2: 1}), ({'a', 'b'}, {'a'}), (None, False), (torch.zeros(2), torch.zeros(2, 1)), (torch.zeros(2), np.zeros(2)),
     (torch.zeros(2), torch.zeros(2).half()), (torch.tensor([1.]), torch.tensor([2.])), (np.zeros(2), np.zeros(2, 'f4')), (Path('a'), Path('b')),
     (__import__('re').compile('a'*300), __import__('re').compile('a'*300+'b')), (__import__('re').compile('a'), __import__('re').compile('a', 2)),
     (torch.uint8, torch.int8), (PIL.Image.Resampling.BILINEAR, PIL.Image.Resampling.BICUBIC), (namedtuple('p', 'x')(1), namedtuple('p', 'x')(2)),
-    (torch.nn.Conv2d(1, 1, 1), torch.nn.Conv2d(1, 1, 1)), (functools.lru_cache(f_of(base)), functools.lru_cache(f_of('def f(x, n=1): return x-n')))])
+    (torch.nn.Conv2d(1, 1, 1), torch.nn.Conv2d(1, 1, 1))])
 def test_what_makes_another_key(a, b):
     assert key(a) != key(b)
 
@@ -393,6 +385,60 @@ def test_what_makes_the_same_key(make):
 
 class math_like:
     def g(self, x): return x
+
+@pytest.mark.parametrize('a, b', [
+    (f_of(base), f_of('def f(x, n=1): return x-n')), (f_of('def f(x): return x+N', N=1), f_of('def f(x): return x+N', N=2)),
+    (f_of('class f:\n  def __call__(s, x): return x'), f_of('class f:\n  def __call__(s, x): return x+1')), (functools.lru_cache(f_of(base)), functools.lru_cache(f_of(base)))])
+def test_code_and_globals_are_not_of_the_key(a, b): assert key(a) == key(b)
+
+def counts(x):
+    counter[0] += 1
+    return x
+counter = [0]
+counts._order = 25
+
+def test_a_transform_that_counts_in_a_global_finds_its_file_again(folder, store):
+    names = {digest(images(folder, counts), store) for _ in range(3)}
+    assert len(names) == 1 == len(caches(store)) and counter[0] >= 24
+
+def test_a_lambda_stays_outside_with_a_warning(folder, store):
+    with pytest.warns(UserWarning, match='lambda.*not cached.*write a function with a name'):
+        c = cached(ImageList.from_files(folder, tfms=[make_rgb, ResizeFixed(8), lambda im: im.rotate(90), to_byte_tensor]), store)
+    assert len(c.tfms) == 2 and c.names == ['open_image', 'make_rgb', 'ResizeFixed((8, 8))']
+    same(c[3], ImageList.from_files(folder, tfms=[make_rgb, ResizeFixed(8), rotated, to_byte_tensor])[3])
+    with pytest.raises(CacheError, match='is a lambda, which has no name'): cached(images(folder, decoder=lambda fn: open_image(fn)), store)
+
+def rotated(im): return im.rotate(90)
+
+def test_a_replaced_file_of_the_same_size_and_time_is_noticed(folder, store):
+    il = images(folder)
+    a, fn = digest(il, store), il.items[3]
+    st, other = fn.stat(), il.items[4]
+    data = fn.read_bytes()
+    fn.rename(folder/'old')
+    fn.write_bytes(data[::-1]); os.utime(fn, ns=(st.st_atime_ns, st.st_mtime_ns))
+    with pytest.raises(ImageFileError, match=fn.name): digest(il, store)
+    assert other.is_file() and a
+
+def upright(im): # looks at what a picture holds beside its pixels
+    import PIL.ImageOps
+    return PIL.ImageOps.exif_transpose(im)
+
+def flattened(im): return im.convert('RGBA').convert('LA')
+
+def test_what_a_later_step_looks_at_is_not_lost(tmp_path, store):
+    exif = PIL.Image.Exif(); exif[274] = 6
+    for i in range(9): noise((20, 16), i).save(tmp_path/f'{i}.jpg', **(dict(exif=exif) if i == 7 else {}))
+    def jitter(im): return im.rotate(random.choice([0]))
+    il = ImageList([tmp_path/f'{i}.jpg' for i in range(9)], tfms=[jitter, upright, make_rgb, ResizeFixed(8), to_byte_tensor])
+    for i, x in enumerate(cached(il, store)): same(x, il[i])   # turned by `open_image`, and says so no longer
+    il.decoder = partial(open_image, exif=False)
+    with pytest.raises(CacheError, match=r'7\.jpg: .*gives a PIL image of mode RGB with an EXIF orientation, which cannot be cached'): cached(il, store)
+    for i in range(9): noise((20, 16), i).save(tmp_path/f'{i}.png', transparency=(1, 2, 3))
+    il = ImageList([tmp_path/f'{i}.png' for i in range(9)], tfms=[jitter, flattened, ResizeFixed(8), to_byte_tensor])
+    with pytest.raises(CacheError, match='with transparency, which cannot be cached'): cached(il, store)
+    il.tfms = [make_rgb, ResizeFixed(8), to_byte_tensor]
+    for i in range(9): same(cached(il, store).get(il.items[i]), to_byte_tensor(ResizeFixed(8)(open_image(il.items[i]))))
 
 def test_the_key_looks_at_values_not_at_what_is_left_out_of_pickles():
     class Keeps(Transform):
@@ -462,7 +508,6 @@ def test_a_lists_own_get_and_attributes_are_of_the_key(folder, store):
     class Other(ImageList):
         level = 3
         def get(self, fn): return super().get(fn).convert('L').rotate(180)
-    Other.__qualname__, Other.__name__ = Grey.__qualname__, 'Grey'
     names = {digest(cls.from_files(folder), store)[0] for cls in (ImageList, Grey, Other)}
     il = Grey.from_files(folder)
     il.extra = 5
