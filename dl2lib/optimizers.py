@@ -13,11 +13,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from .core import listify
-from .foreach import part_name, step_lists
-from .groups import GroupsAndStates, as_groups, round_back, stand_in
+from .foreach import part_name
+from .groups import GroupsAndStates, as_groups
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-007
 def sgd_step(p:Tensor, lr:float, **kwargs): # p: a parameter with its `grad`, changed in place
@@ -168,14 +167,15 @@ def trust_ratio(p,              # parameter
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-056
 def lamb_direction(p, mom, mom_damp, step, sqr_mom, sqr_damp, grad_avg, sqr_avg, eps, wd, **kwargs): # as `adam_step`
     r"Adam's step and the decay: $u=\frac{m/d_1}{\sqrt{v/d_2}+\epsilon}+\lambda p$."
-    m, v = grad_avg/debias(mom, mom_damp, step), sqr_avg/debias(sqr_mom, sqr_damp, step)
-    return m.div_(v.sqrt_().add_(eps)).add_(p.data, alpha=wd)
+    debias1, root = debias(mom, mom_damp, step), math.sqrt(debias(sqr_mom, sqr_damp, step))
+    denom = sqr_avg.sqrt().add_(eps*root) # the denominator, times $\sqrt{d_2}$
+    return (wd*p.data).addcdiv_(grad_avg, denom, value=root/debias1)
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-056b
 def lamb_step(p:Tensor, lr:float, max_ratio=10., **kwargs): # further arguments: as for `lamb_direction`
     r"A step of Adam with decay inside, scaled to the norm of the parameter (arXiv 1904.00962)."
     u = lamb_direction(p, **kwargs)
-    p.data.sub_(u.mul_(trust_ratio(p.data, u, max_ratio)), alpha=lr)
+    p.data.addcmul_(u, trust_ratio(p.data, u, max_ratio), value=-lr)
     return p
 
 lamb_step._defaults, lamb_step.foreach = dict(eps=1e-6, wd=0., max_ratio=10.), True
@@ -201,23 +201,8 @@ class Optimizer(GroupsAndStates):
         loss = None
         if closure is not None:
             with torch.enable_grad(): loss = closure()
-        for ps, states, hyper in self.checked_groups():
-            try: self.step_group(ps, states, hyper)
-            finally: increment_version(ps) # tells autograd, which does not see what is changed by `p.data`
+        for group in self.checked_groups(): self.step_group(*group)
         return loss
-
-    def step_group(self, ps, states, hyper): # parameters, a dict for each, name to value
-        qs = list(map(stand_in, ps))
-        if self.engine != 'tensor' and (self.foreach or self.engine == 'list'):
-            step_lists(self.chain, qs, states, hyper, self.kernel_for(hyper), self.engine == 'fused')
-        else:
-            for q, state in zip(qs, states): self.step_one(q, state, hyper)
-        round_back(ps, qs)
-
-    def step_one(self, p, state, hyper):
-        g = p.grad
-        try: state.update(self.chain(p, state, hyper))
-        finally: p.grad = g # a part may have put another in its place
 
     def chain(self, p, state, hyper)->dict: # one tensor, or a list of them, through all parts; -> its new state
         before, stats, after = self.parts

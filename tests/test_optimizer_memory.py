@@ -182,6 +182,7 @@ def main(play, seeds):
         return print('lives')
     if play == 'cuda': DEVICES.append('cuda')
     if play == 'blind': foreach._fits = lambda p, state: True
+    if play == 'stale': foreach.Plan.holds = lambda self, ps, states: True
     for name in CHAINS:
         done, refused = map(sum, zip(*(compare(name, seed) for seed in range(int(seeds)))))
         print(name, done, refused)
@@ -196,8 +197,9 @@ def test_any_engine_steps_as_tensor_by_tensor_or_says_why_not(play):
 
 def test_what_was_once_corrupted(): assert child('cases', '0').stdout == 'lives\n'
 
-def test_without_the_check_this_is_seen():
-    res = child('blind', '6', ok=False)
+@pytest.mark.parametrize('play', ['blind', 'stale'])
+def test_without_a_check_this_is_seen(play):
+    res = child(play, '6', ok=False)
     assert res.returncode != 0 and 'adamw' not in res.stdout
 
 @pytest.mark.parametrize('make', KERNELS, ids=['adamw', 'momentum'])
