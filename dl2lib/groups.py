@@ -272,7 +272,16 @@ class GroupsAndStates(torch.optim.Optimizer):
             else:
                 for q, state in zip(qs, states): self._step_one(q, state, hyper)
             if qs is not ps: round_back(ps, qs)
+        except TypeError as e:
+            if 'argument' in str(e): e.add_note(_note({*states[0], *self.names.kept}, hyper))
+            raise
         finally: increment_version(ps) # tells autograd, which does not see what is changed by `p.data`
+
+    def run(self, f, p, state, hyper): # a stepper
+        "A stepper, on a tensor or a list of them. TypeError if it returns something new."
+        res = f(p, **state, **hyper)
+        if res is None or res is p: return
+        raise TypeError(f'{part_name(f)} returns something new: a stepper changes p in place, and returns it')
 
     def _step_one(self, p, state, hyper):
         g = p.grad
@@ -333,3 +342,8 @@ class GroupsAndStates(torch.optim.Optimizer):
         lines = r' \\ '.join('&' + r for r in rows)
         hs = ', '.join(f'{k}={v}' for k, v in hyper_of(self.param_groups[0]).items())
         return f'**{type(self).__name__}**: {hs}\n\n$$\\begin{{aligned}}{lines}\\end{{aligned}}$$'
+
+
+def _note(names, hyper): # for an error about an argument
+    return (f'In the state are {", ".join(sorted(names)) or "no names"}; hyperparameters are {", ".join(hyper)}. '
+            'A stepper gets both by name; a stat takes the first from the state, as state[name].')

@@ -35,7 +35,7 @@ def weight_decay(p:Tensor, lr:float, wd:float, **kwargs): # p: changed in place
 weight_decay._defaults, weight_decay.foreach = dict(wd=0.), True
 weight_decay.formula = r'p \leftarrow (1-\eta\lambda)\, p'
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-013
+
 def l2_reg(p:Tensor, wd:float, **kwargs): # p: its gradient is replaced for this step
     r"The gradient of $\frac\lambda2|p|^2$, added before anything looks at it: $g \leftarrow g + \lambda p$."
     if wd: p.grad = p.grad.add(p.data, alpha=wd)
@@ -133,7 +133,7 @@ class AverageSqrGrad(Stat):
         state['sqr_avg'].mul_(sqr_mom).addcmul_(p.grad.data, p.grad.data, value=state['sqr_damp'])
         return state
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-045
+
 class StepCount(Stat):
     "How many steps a parameter has made: a number on the host, so that nothing waits for it."
     keeps, foreach, formula = ('step',), True, r't \leftarrow t+1'
@@ -164,12 +164,11 @@ def trust_ratio(p,              # parameter
     ratio = torch.where(torch.minimum(a, b) > 0, a/b, 1.)
     return ratio if max_ratio is None else ratio.clamp(max=max_ratio)
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-056
+
 def lamb_direction(p, mom, mom_damp, step, sqr_mom, sqr_damp, grad_avg, sqr_avg, eps, wd, **kwargs): # as `adam_step`
     r"Adam's step and the decay: $u=\frac{m/d_1}{\sqrt{v/d_2}+\epsilon}+\lambda p$."
     debias1, root = debias(mom, mom_damp, step), math.sqrt(debias(sqr_mom, sqr_damp, step))
-    denom = sqr_avg.sqrt().add_(eps*root) # the denominator, times $\sqrt{d_2}$
-    return (wd*p.data).addcdiv_(grad_avg, denom, value=root/debias1)
+    return (wd*p.data).addcdiv_(grad_avg, sqr_avg.sqrt().add_(eps*root), value=root/debias1)
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-056b
 def lamb_step(p:Tensor, lr:float, max_ratio=10., **kwargs): # further arguments: as for `lamb_direction`
@@ -206,26 +205,12 @@ class Optimizer(GroupsAndStates):
 
     def chain(self, p, state, hyper)->dict: # one tensor, or a list of them, through all parts; -> its new state
         before, stats, after = self.parts
-        try:
-            for f in before: _apply(f, p, state, hyper)
-            for s in stats: state = s.update(p, state, **hyper)
-            for f in after: _apply(f, p, state, hyper)
-        except TypeError as e:
-            if 'argument' in str(e): e.add_note(_note(state, hyper))
-            raise
+        for f in before: self.run(f, p, state, hyper)
+        for s in stats: state = s.update(p, state, **hyper)
+        for f in after: self.run(f, p, state, hyper)
         return state
 
 
-def _note(state, hyper):
-    return (f'In the state are {", ".join(state) or "no names"}; hyperparameters are {", ".join(hyper)}. '
-            'A stepper gets both by name; a stat takes the first from the state, as state[name].')
-
-def _apply(f, p, state, hyper):
-    res = f(p, **state, **hyper)
-    if res is None or res is p: return
-    raise TypeError(f'{part_name(f)} returns something new: a stepper changes p in place, and returns it')
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-102
 class StatefulOptimizer(Optimizer):
     "An `Optimizer` with a state for each parameter, which stats keep, and which its steppers are handed."
     def __init__(self, params, # as for `Optimizer`
