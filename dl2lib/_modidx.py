@@ -1542,7 +1542,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                             'dl2lib.zoo._made': ('zoo.html#_made', 'dl2lib/zoo.py'),
                             'dl2lib.zoo._our_group': ('zoo.html#_our_group', 'dl2lib/zoo.py'),
                             'dl2lib.zoo._our_parts': ('zoo.html#_our_parts', 'dl2lib/zoo.py'),
-                            'dl2lib.zoo._symmetric': ('zoo.html#_symmetric', 'dl2lib/zoo.py'),
                             'dl2lib.zoo._torch_group': ('zoo.html#_torch_group', 'dl2lib/zoo.py'),
                             'dl2lib.zoo.adamax_step': ('zoo.html#adamax_step', 'dl2lib/zoo.py'),
                             'dl2lib.zoo.amsgrad_step': ('zoo.html#amsgrad_step', 'dl2lib/zoo.py'),
