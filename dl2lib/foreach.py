@@ -281,7 +281,7 @@ def kernel_of(parts,  # steppers before the stats, stats, steppers after them
     return kernels.get(' '.join(chain))
 
 # %% ../nbs/engine/09_foreach.ipynb #09_foreach-017
-_what = attrgetter('shape', 'dtype', 'device')
+_shape, _dtype = attrgetter('shape'), attrgetter('dtype')
 
 class Plan:
     "How parameters step together. It holds while nothing but values changes."
@@ -295,8 +295,10 @@ class Plan:
         self.left = None
 
     def _look(self, ps, states): # all that a step relies on, beside the numbers
-        ts = [*ps, *[p.grad for p in ps], *[s[k] for k in self.tensors for s in states]]
-        return [*map(id, states), *map(Tensor.data_ptr, ps), *map(_what, ts), *map(Tensor.stride, ts)]
+        stay = [*ps, *[s[k] for k in self.tensors for s in states]] # from step to step; gradients are new
+        ts = [*stay, *[p.grad for p in ps]]
+        return [*map(id, states), *map(Tensor.data_ptr, stay),
+                *map(_shape, ts), *map(Tensor.stride, ts), *map(_dtype, ts)]
 
     def _numbers(self, states): return [*map(len, states), *[s[k] for k in self.names for s in states]]
 
