@@ -147,8 +147,8 @@ class StepCount(Stat):
 def adam_step(p:Tensor, lr:float, mom:float, mom_damp:float, step:int, sqr_mom:float, sqr_damp:float,
               grad_avg:Tensor, sqr_avg:Tensor, eps:float, **kwargs): # averages: as p; step: from 1
     r"Along the average, over the root of the average square, both debiased (arXiv 1412.6980)."
-    debias1, debias2 = debias(mom, mom_damp, step), debias(sqr_mom, sqr_damp, step)
-    p.data.addcdiv_(grad_avg, sqr_avg.sqrt().div_(math.sqrt(debias2)).add_(eps), value=-lr/debias1)
+    debias1, root = debias(mom, mom_damp, step), math.sqrt(debias(sqr_mom, sqr_damp, step))
+    p.data.addcdiv_(grad_avg, sqr_avg.sqrt().add_(eps*root), value=-lr*root/debias1)
     return p
 
 adam_step._defaults, adam_step.foreach = dict(eps=1e-5), True
