@@ -1,6 +1,6 @@
 """On Shapes: SGD, momentum, Adam and LAMB with the lesson's rates and with searched ones; L2 against decoupled decay under BatchNorm.
 
-    python benchmarks/optim_shapes.py [optimizers] [decay]
+    python benchmarks/optim_shapes.py [optimizers] [decay] [factors]
 
 Every run appends a line to results/optim_shapes.jsonl; runs that stand there are not made again, so an interrupted call goes on where it was. The tables in
 results/optim_shapes.md are written anew after each run. All of it takes about a quarter of an hour on one idle CPU core."""
@@ -8,6 +8,7 @@ import gc, json, statistics, sys, time
 from functools import lru_cache, partial
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from common import machine, results, table
@@ -17,13 +18,13 @@ from dl2lib.state import set_seed
 from dl2lib.datablock import (ByteToFloat, CategoryProcessor, ImageList, ResizeFixed, SplitData, grandparent_splitter, label_by_func, make_rgb,
                               norm_imagenette, parent_labeler, to_byte_tensor)
 from dl2lib.datacache import cached
-from dl2lib.datasets import shapes
+from dl2lib.datasets import shapes, shapes_tensors
 from dl2lib.learner import Learner
 from dl2lib.optimizers import (AverageGrad, AverageSqrGrad, Optimizer, StatefulOptimizer, StepCount, adam_opt, adam_step, l2_reg, lamb_opt, momentum_step,
                                sgd_mom_opt, sgd_opt, sgd_step, weight_decay)
 
 SIZE, BS, SEEDS, SEARCH_SEED = 48, 32, (1, 2, 42), 0
-EPOCHS = dict(search=4, optimizers=4, decay=5)
+EPOCHS = dict(search=4, optimizers=4, decay=5, factors=4)
 LINES = results/'optim_shapes.jsonl'
 
 # name: optimizer, the lesson's rate (constant, as in the lesson's chapter)
@@ -38,6 +39,11 @@ DECAYS = {'SGD, none': (sgd, [sgd_step], .4, 0.), 'SGD, L2 0.02': (sgd, [l2_reg,
           'momentum, none': (mom, [momentum_step], .03, 0.), 'momentum, L2 0.02': (mom, [l2_reg, momentum_step], .03, .02),
           'momentum, decay 0.2': (mom, [weight_decay, momentum_step], .03, .2),
           'Adam, none': (adam, [adam_step], .003, 0.), 'Adam, L2 0.02': (adam, [l2_reg, adam_step], .003, .02), 'Adam, decay 2': (adam, [weight_decay, adam_step], .003, 2.)}
+
+
+# name: optimizer, stepper, rate, kind of decay to factors, for the small CNN of the chapter. Is there a decay that does what an L2 does?
+FACTORS_OF = {'momentum': (mom, momentum_step, .1, {l2_reg: (.003, .01), weight_decay: (.03, .1)}),
+              'Adam': (adam, adam_step, .01, {l2_reg: (.001, .003, .01, .03), weight_decay: (.1, .3, 1., 2.)})}
 
 
 @lru_cache(None)
@@ -149,6 +155,41 @@ def decay():
         for seed in SEEDS: once('decay', name, DECAYS[name][2], seed, lambda: measured(name, seed, kept))
 
 
+@lru_cache(None)
+def small_shapes(): # as in the chapter
+    x, y, xv, yv = shapes_tensors(32)
+    m, s = (f(x.float(), (0, 2, 3), keepdim=True) for f in (torch.mean, torch.std))
+    x, xv = (((o - m)/s).contiguous(memory_format=torch.channels_last) for o in (x, xv))
+    return x, y, xv, yv
+
+def small_norms(opt, steppers, lr, wd, seed):
+    "Norms of the four convolutions' weights and validation accuracy after a training of the chapter's small CNN."
+    (x, y, xv, yv), nfs, start = small_shapes(), (3, 16, 32, 64, 128), time.time()
+    set_seed(seed)
+    model = nn.Sequential(*[conv_layer(a, b) for a, b in zip(nfs, nfs[1:])], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(nfs[-1], 10))
+    init_cnn(model)
+    model.to(memory_format=torch.channels_last)
+    ws = convs(model)
+    ids = {id(w) for w in ws}
+    o = opt([dict(params=ws, **(dict(wd=wd) if wd else {})), dict(params=[p for p in model.parameters() if id(p) not in ids])], steppers=steppers, lr=lr)
+    for _ in range(EPOCHS['factors']):
+        for i in torch.randperm(len(x)).split(50):
+            loss = F.cross_entropy(model(x[i]), y[i])
+            o.zero_grad(); loss.backward(); o.step()
+    with torch.no_grad(): acc = (model.eval()(xv).argmax(1) == yv).float().mean().item()
+    return dict(norms=[round(w.norm().item(), 3) for w in ws], accuracy=[round(acc, 3)], seconds=round(time.time()-start, 1))
+
+def factor_arms(): # (name, optimizer, steppers, rate, wd)
+    for name, (opt, step, lr, kinds) in FACTORS_OF.items():
+        yield f'{name}, none', opt, [step], lr, 0.
+        for kind, wds in kinds.items():
+            for wd in wds: yield f'{name}, {"L2" if kind is l2_reg else "decay"} {wd:g}', opt, [kind, step], lr, wd
+
+def factors():
+    for name, *arm in factor_arms():
+        for seed in SEEDS: once('factors', name, arm[2], seed, lambda: small_norms(*arm, seed))
+
+
 def spread(vs, digits=2):
     def f(v): return f'{v:.{digits}f}'
     return f'{f(statistics.mean(vs))} ({f(min(vs))} to {f(max(vs))})'
@@ -173,6 +214,12 @@ def decay_rows(lines):
                *(f"{mean(k + '_first')} to {mean(k + '_last')}" for k in ('norm', 'rate')), spread([r['angle_last'] for r in runs])]
 
 
+def factor_rows(lines):
+    for name, _, _, lr, _ in factor_arms():
+        runs = [r for r in lines if r['part'] == 'factors' and r['name'] == name]
+        if runs: yield [name, f'{lr:g}', *(spread([r['norms'][i] for r in runs]) for i in (0, -1)), spread([r['accuracy'][-1] for r in runs])]
+
+
 def write():
     lines = done()
     found = [[n, ', '.join(f"{r['lr']:g}: {statistics.mean(r['accuracy'][-2:]):.3f}" for r in sorted(lines, key=lambda r: r['lr']) if r['part'] == 'search' and r['name'] == n)] for n in OPTS]
@@ -185,10 +232,14 @@ def write():
             'effective rate (SGD: rate/length²; momentum: ten times that; Adam: rate/length), and the angle by which a step turns it: geometric means over the seven layers and the steps of an epoch; the turn is of the last. '
             '"Lengths as with L2": no decay at all, but after each step every weight tensor is made as long as it was in the run with L2.',
             table(['arm', 'rate', 'valid accuracy', 'train loss', 'length, first to last epoch', 'effective rate, first to last', 'turn in a step, degrees'], decay_rows(lines)),
-            f"{sum(r['seconds'] for r in lines)/60:.0f} minutes of training in all, with one thread a run, beside other work.", machine()]
+            f"## Is there a decay that does what an L2 does?\n\nThe small CNN of the chapter (four convolutions, 32 px, batches of 50), {EPOCHS['factors']} epochs. Norms of the weights at the end. "
+            'With momentum, decay with ten times the factor is L2 within a few percent. With Adam, at the same norm of the first convolution L2 leaves a far smaller norm of the last: no factor makes them the same.',
+            table(['arm', 'rate', 'norm of the first convolution', 'of the last', 'valid accuracy'], factor_rows(lines)),
+            f"{sum(r['seconds'] for r in lines)/60:.0f} minutes of training in all, with one thread a run, beside other work.",
+            f'The last table: {machine()}. The others: Intel(R) Xeon(R) Processor, 2 cores, the same versions; 2026-11-24']
     (results/'optim_shapes.md').write_text('\n\n'.join(text) + '\n')
 
 
 if __name__ == '__main__':
-    for part in sys.argv[1:] or ['optimizers', 'decay']: dict(optimizers=optimizers, decay=decay)[part]()
+    for part in sys.argv[1:] or ['optimizers', 'decay', 'factors']: dict(optimizers=optimizers, decay=decay, factors=factors)[part]()
     write()

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/engine/09_foreach.ipynb #09_foreach-102
 import operator, sys
 from functools import lru_cache, partial
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -172,17 +173,26 @@ def _apart(ps): # plain tensors, no two of them at one address
 def _numbers(state): # names of its tensors, and its numbers
     return tuple((k, None if isinstance(v, Tensor) else v) for k, v in state.items())
 
-def _buckets(ps, states)->list: # of (parameters, states)
-    if not _apart(ps): return [([p], [s]) for p, s in zip(ps, states)]
+def _buckets(ps, states)->list: # of lists of positions
+    if not _apart(ps): return [[i] for i in range(len(ps))]
     res = {}
-    for p, s in zip(ps, states):
-        bucket = res.setdefault((p.device, p.dtype, _numbers(s)), ([], []))
-        bucket[0].append(p)
-        bucket[1].append(s)
+    for i, (p, s) in enumerate(zip(ps, states)): res.setdefault((p.device, p.dtype, _numbers(s)), []).append(i)
     return list(res.values())
 
+# %% ../nbs/engine/09_foreach.ipynb #09_foreach-005b
+_in_cache = 2**19 # elements
+
+def _cut(at, ps)->list: # positions -> lists of positions
+    if ps[at[0]].device.type != 'cpu': return [at]
+    res, n = [[]], 0
+    for i in at:
+        n += ps[i].numel()
+        if res[-1] and n > _in_cache: res, n = [*res, []], ps[i].numel()
+        res[-1].append(i)
+    return res
+
 # %% ../nbs/engine/09_foreach.ipynb #09_foreach-007
-def _list_step(chain, ps, states, hyper): # one bucket through a chain
+def _list_step(chain, ps, states, hyper): # one list through a chain
     old = {k: TensorList([s[k] for s in states]) for k, v in states[0].items() if isinstance(v, Tensor)}
     numbers = {k: v for k, v in states[0].items() if k not in old}
     p = TensorList(ps, grad=TensorList([p.grad for p in ps]))
@@ -271,19 +281,54 @@ def kernel_of(parts,  # steppers before the stats, stats, steppers after them
     return kernels.get(' '.join(chain))
 
 # %% ../nbs/engine/09_foreach.ipynb #09_foreach-017
-def step_lists(chain,       # function of (parameter, state, hyper) to the new state
-               ps,          # tensors with their gradients
-               states,      # a dict for each: name to tensor or number
-               hyper,       # name to value
-               kernel=None, # of `kernel_of`
-               forced=False # whether to fail where the kernel does not run
-              )->None:
-    "Step many parameters together, in place."
-    for ps, states in _buckets(ps, states):
-        if kernel is not None and all([_fits(p, s) for p, s in zip(ps, states)]):
-            numbers = kernel(ps, states, **hyper)
-            for s in states: s.update(numbers)
-        elif forced:
-            raise ValueError("engine='fused': torch has no kernel for these parts, hyperparameters or tensors: "
-                             "leave `engine` out")
-        else: _list_step(chain, ps, states, hyper)
+_shape, _dtype = attrgetter('shape'), attrgetter('dtype')
+
+class Plan:
+    "How parameters step together. It holds while nothing but values changes."
+    def __init__(self, ps, # parameters with their gradients
+                 qs,       # what is stepped in their place, mostly themselves
+                 states):  # a dict for each: name to tensor or number
+        self.plain = all(q is p for p, q in zip(ps, qs))
+        self.tensors = [k for k, v in states[0].items() if isinstance(v, Tensor)] # names
+        self.buckets = [(at, all([_fits(qs[i], states[i]) for i in at]), _cut(at, qs)) for at in _buckets(qs, states)]
+        self.seen = self._look(ps, states) if len({tuple(s) for s in states}) == 1 else None
+        self.left = None
+
+    def _look(self, ps, states): # all that a step relies on, beside the numbers
+        stay = [*ps, *[s[k] for k in self.tensors for s in states]] # from step to step; gradients are new
+        ts = [*stay, *[p.grad for p in ps]]
+        return [*map(id, states), *map(Tensor.data_ptr, stay),
+                *map(_shape, ts), *map(Tensor.stride, ts), *map(_dtype, ts)]
+
+    def _numbers(self, states): return [*map(len, states), *[s[k] for k in self.names for s in states]]
+
+    def holds(self, ps, states)->bool: # the same at the next step
+        if None in (self.seen, self.left): return False
+        try: return self._look(ps, states) == self.seen and self._numbers(states) == self.left
+        except (AttributeError, KeyError, RuntimeError, TypeError): return False # a state is another, a gradient sparse
+
+    def step(self, chain,  # function of (parameter, state, hyper) to the new state
+             qs, states,   # as in `__init__`
+             hyper,        # name to value
+             kernel=None,  # of `kernel_of`
+             forced=False, # whether to fail where the kernel does not run
+            )->None:
+        "Step them, in place."
+        for at, fits, lists in self.buckets:
+            if kernel is not None and fits: _kernel_step(kernel, *_at(at, qs, states), hyper)
+            elif forced:
+                raise ValueError("engine='fused': torch has no kernel for these parts, hyperparameters or tensors: "
+                                 "leave `engine` out")
+            else:
+                for part in lists: _list_step(chain, *_at(part, qs, states), hyper)
+        self.names = [k for k in states[0] if k not in self.tensors]
+        self.left = self._numbers(states) if self.seen else None
+
+
+def _at(at, ps, states): # those at the positions
+    if len(at) == len(ps): return ps, states
+    return [ps[i] for i in at], [states[i] for i in at]
+
+def _kernel_step(kernel, ps, states, hyper):
+    numbers = kernel(ps, states, **hyper)
+    for s in states: s.update(numbers)

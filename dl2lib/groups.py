@@ -11,8 +11,9 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from .foreach import declared, kernel_of, part_name
+from .foreach import Plan, declared, kernel_of, part_name
 
 # %% ../nbs/engine/09_groups.ipynb #09_groups-005
 def _is_list(o): # of tensors: no tensor, no dict, no named tensor
@@ -221,7 +222,7 @@ class GroupsAndStates(torch.optim.Optimizer):
         self.parts = before, stats, self.steppers[len(before):]
         self.names = _Names(self.all_parts, stats)
         self.foreach = all(declared(o, 'foreach') is True for o in self.all_parts)
-        self._made_for, self._checked, self._kernels = {}, {}, {}
+        self._made_for, self._checked, self._kernels, self._plans = {}, {}, {}, {}
         if engine not in self.engines:
             raise ValueError(f'engine={engine!r}: choose from {", ".join(map(repr, self.engines))}')
         if engine == 'fused' and not any(kernel_of(self.parts, dict(wd=wd)) for wd in (0, 1)):
@@ -243,19 +244,49 @@ class GroupsAndStates(torch.optim.Optimizer):
         self.names.check({**self.defaults, **group}, i)
         super().add_param_group(group)
 
-    def checked_groups(self)->list: # a group: (parameters with gradients, their states, hyperparameters)
+    def checked_groups(self)->list: # a group: (parameters with gradients, their states, hyperparameters, `Plan`)
         "What a step works on. All of it is checked before any of it is changed."
-        groups = []
+        groups, lists = [], self.engine != 'tensor' and (self.foreach or self.engine == 'list')
         for i, pg in enumerate(self.param_groups):
             ps, hyper = [p for p in pg['params'] if p.grad is not None], hyper_of(pg)
             if hyper != self._checked.get(i): self.names.check(hyper, i) # only where they have changed
+            states, plan = [self.state[p] for p in ps], self._plans.get(i) if lists else None
+            if plan is None or not plan.holds(ps, states):
+                self._check_data(i, ps)
+                plan = None
             self._checked[i] = hyper
-            self._check_data(i, ps)
-            groups.append((ps, [self.state[p] for p in ps], hyper))
-        for ps, states, _ in groups:
-            for p, state in zip(ps, states):
-                if not state: state.update(_init(self.stats, stand_in(p)))
-        return groups
+            groups.append((ps, states, hyper, plan))
+        return [(*group, plan or self._begin(i, *group, lists)) for i, (*group, plan) in enumerate(groups)]
+
+    def _begin(self, i, ps, states, hyper, lists): # makes states that are new; -> a `Plan`, or None: one by one
+        for p, state in zip(ps, states):
+            if not state: state.update(_init(self.stats, stand_in(p)))
+        self._plans[i] = Plan(ps, list(map(stand_in, ps)), states) if lists and ps else None
+        return self._plans[i]
+
+    def step_group(self, ps, states, hyper, plan): # one of `checked_groups`
+        "A step of the parameters of a group."
+        qs = ps if plan and plan.plain else list(map(stand_in, ps))
+        try:
+            if plan: plan.step(self.chain, qs, states, hyper, self.kernel_for(hyper), self.engine == 'fused')
+            else:
+                for q, state in zip(qs, states): self._step_one(q, state, hyper)
+            if qs is not ps: round_back(ps, qs)
+        except TypeError as e:
+            if 'argument' in str(e): e.add_note(_note({*states[0], *self.names.kept}, hyper))
+            raise
+        finally: increment_version(ps) # tells autograd, which does not see what is changed by `p.data`
+
+    def run(self, f, p, state, hyper): # a stepper
+        "A stepper, on a tensor or a list of them. TypeError if it returns something new."
+        res = f(p, **state, **hyper)
+        if res is None or res is p: return
+        raise TypeError(f'{part_name(f)} returns something new: a stepper changes p in place, and returns it')
+
+    def _step_one(self, p, state, hyper):
+        g = p.grad
+        try: state.update(self.chain(p, state, hyper))
+        finally: p.grad = g # a part may have put another in its place
 
     def _check_data(self, i, ps): # parameters of group `i` against their gradients, and what their states are made for
         for p in ps:
@@ -296,7 +327,7 @@ class GroupsAndStates(torch.optim.Optimizer):
         before = state.get('_made_for', {})       # none in a state dict, which was checked
         made_for = {p: before[p][1] if p in before else _kind(p) for p in self.state}
         self._made_for = {p: (s, (*made_for[p][:2], p.device)) for p, s in self.state.items()}
-        self._checked, self._kernels = {}, {}
+        self._checked, self._kernels, self._plans = {}, {}, {}
 
     def __repr__(self):
         lines = [f'{type(self).__name__}({" -> ".join(map(part_name, self.all_parts))})']
@@ -311,3 +342,8 @@ class GroupsAndStates(torch.optim.Optimizer):
         lines = r' \\ '.join('&' + r for r in rows)
         hs = ', '.join(f'{k}={v}' for k, v in hyper_of(self.param_groups[0]).items())
         return f'**{type(self).__name__}**: {hs}\n\n$$\\begin{{aligned}}{lines}\\end{{aligned}}$$'
+
+
+def _note(names, hyper): # for an error about an argument
+    return (f'In the state are {", ".join(sorted(names)) or "no names"}; hyperparameters are {", ".join(hyper)}. '
+            'A stepper gets both by name; a stat takes the first from the state, as state[name].')

@@ -13,11 +13,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from .core import listify
-from .foreach import part_name, step_lists
-from .groups import GroupsAndStates, as_groups, round_back, stand_in
+from .foreach import part_name
+from .groups import GroupsAndStates, as_groups
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-007
 def sgd_step(p:Tensor, lr:float, **kwargs): # p: a parameter with its `grad`, changed in place
@@ -36,7 +35,7 @@ def weight_decay(p:Tensor, lr:float, wd:float, **kwargs): # p: changed in place
 weight_decay._defaults, weight_decay.foreach = dict(wd=0.), True
 weight_decay.formula = r'p \leftarrow (1-\eta\lambda)\, p'
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-013
+
 def l2_reg(p:Tensor, wd:float, **kwargs): # p: its gradient is replaced for this step
     r"The gradient of $\frac\lambda2|p|^2$, added before anything looks at it: $g \leftarrow g + \lambda p$."
     if wd: p.grad = p.grad.add(p.data, alpha=wd)
@@ -134,7 +133,7 @@ class AverageSqrGrad(Stat):
         state['sqr_avg'].mul_(sqr_mom).addcmul_(p.grad.data, p.grad.data, value=state['sqr_damp'])
         return state
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-045
+
 class StepCount(Stat):
     "How many steps a parameter has made: a number on the host, so that nothing waits for it."
     keeps, foreach, formula = ('step',), True, r't \leftarrow t+1'
@@ -148,8 +147,8 @@ class StepCount(Stat):
 def adam_step(p:Tensor, lr:float, mom:float, mom_damp:float, step:int, sqr_mom:float, sqr_damp:float,
               grad_avg:Tensor, sqr_avg:Tensor, eps:float, **kwargs): # averages: as p; step: from 1
     r"Along the average, over the root of the average square, both debiased (arXiv 1412.6980)."
-    debias1, debias2 = debias(mom, mom_damp, step), debias(sqr_mom, sqr_damp, step)
-    p.data.addcdiv_(grad_avg, sqr_avg.sqrt().div_(math.sqrt(debias2)).add_(eps), value=-lr/debias1)
+    debias1, root = debias(mom, mom_damp, step), math.sqrt(debias(sqr_mom, sqr_damp, step))
+    p.data.addcdiv_(grad_avg, sqr_avg.sqrt().add_(eps*root), value=-lr*root/debias1)
     return p
 
 adam_step._defaults, adam_step.foreach = dict(eps=1e-5), True
@@ -165,17 +164,17 @@ def trust_ratio(p,              # parameter
     ratio = torch.where(torch.minimum(a, b) > 0, a/b, 1.)
     return ratio if max_ratio is None else ratio.clamp(max=max_ratio)
 
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-056
+
 def lamb_direction(p, mom, mom_damp, step, sqr_mom, sqr_damp, grad_avg, sqr_avg, eps, wd, **kwargs): # as `adam_step`
     r"Adam's step and the decay: $u=\frac{m/d_1}{\sqrt{v/d_2}+\epsilon}+\lambda p$."
-    m, v = grad_avg/debias(mom, mom_damp, step), sqr_avg/debias(sqr_mom, sqr_damp, step)
-    return m.div_(v.sqrt_().add_(eps)).add_(p.data, alpha=wd)
+    debias1, root = debias(mom, mom_damp, step), math.sqrt(debias(sqr_mom, sqr_damp, step))
+    return (wd*p.data).addcdiv_(grad_avg, sqr_avg.sqrt().add_(eps*root), value=root/debias1)
 
 # %% ../nbs/09_optimizers.ipynb #09_optimizers-056b
 def lamb_step(p:Tensor, lr:float, max_ratio=10., **kwargs): # further arguments: as for `lamb_direction`
     r"A step of Adam with decay inside, scaled to the norm of the parameter (arXiv 1904.00962)."
     u = lamb_direction(p, **kwargs)
-    p.data.sub_(u.mul_(trust_ratio(p.data, u, max_ratio)), alpha=lr)
+    p.data.addcmul_(u, trust_ratio(p.data, u, max_ratio), value=-lr)
     return p
 
 lamb_step._defaults, lamb_step.foreach = dict(eps=1e-6, wd=0., max_ratio=10.), True
@@ -201,46 +200,17 @@ class Optimizer(GroupsAndStates):
         loss = None
         if closure is not None:
             with torch.enable_grad(): loss = closure()
-        for ps, states, hyper in self.checked_groups():
-            try: self.step_group(ps, states, hyper)
-            finally: increment_version(ps) # tells autograd, which does not see what is changed by `p.data`
+        for group in self.checked_groups(): self.step_group(*group)
         return loss
-
-    def step_group(self, ps, states, hyper): # parameters, a dict for each, name to value
-        qs = list(map(stand_in, ps))
-        if self.engine != 'tensor' and (self.foreach or self.engine == 'list'):
-            step_lists(self.chain, qs, states, hyper, self.kernel_for(hyper), self.engine == 'fused')
-        else:
-            for q, state in zip(qs, states): self.step_one(q, state, hyper)
-        round_back(ps, qs)
-
-    def step_one(self, p, state, hyper):
-        g = p.grad
-        try: state.update(self.chain(p, state, hyper))
-        finally: p.grad = g # a part may have put another in its place
 
     def chain(self, p, state, hyper)->dict: # one tensor, or a list of them, through all parts; -> its new state
         before, stats, after = self.parts
-        try:
-            for f in before: _apply(f, p, state, hyper)
-            for s in stats: state = s.update(p, state, **hyper)
-            for f in after: _apply(f, p, state, hyper)
-        except TypeError as e:
-            if 'argument' in str(e): e.add_note(_note(state, hyper))
-            raise
+        for f in before: self.run(f, p, state, hyper)
+        for s in stats: state = s.update(p, state, **hyper)
+        for f in after: self.run(f, p, state, hyper)
         return state
 
 
-def _note(state, hyper):
-    return (f'In the state are {", ".join(state) or "no names"}; hyperparameters are {", ".join(hyper)}. '
-            'A stepper gets both by name; a stat takes the first from the state, as state[name].')
-
-def _apply(f, p, state, hyper):
-    res = f(p, **state, **hyper)
-    if res is None or res is p: return
-    raise TypeError(f'{part_name(f)} returns something new: a stepper changes p in place, and returns it')
-
-# %% ../nbs/09_optimizers.ipynb #09_optimizers-102
 class StatefulOptimizer(Optimizer):
     "An `Optimizer` with a state for each parameter, which stats keep, and which its steppers are handed."
     def __init__(self, params, # as for `Optimizer`

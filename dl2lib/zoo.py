@@ -191,15 +191,6 @@ lars_grad._defaults, lars_grad._order, lars_grad.foreach = dict(wd=0., trust=.00
 lars_grad.formula = r'g \leftarrow c\,\frac{|p|}{|g|+\lambda|p|+\epsilon}\,(g+\lambda p)'
 
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-030
-def _symmetric(block, # function of rows and columns (slices) to that part of a symmetric matrix
-               x,     # its first dimension and its device are the matrix's
-              ):      # the whole: with one off-diagonal block as the other's transpose, where that is quicker
-    n, h, every = len(x), len(x)//2, slice(None)
-    if n < 512 or x.device.type != 'cpu': return block(every, every)
-    top, last = block(slice(h), every), block(slice(h, n), slice(h, n))
-    return torch.cat([top, torch.cat([top[:, h:].T, last], 1)])
-
-
 def orthogonalized(x:Tensor, # (rows, columns)
                    steps=5)->Tensor: # the same, nearly orthonormal: singular values near 1
     "Muon's Newton-Schulz iteration, in bfloat16 as torch has it."
@@ -207,8 +198,8 @@ def orthogonalized(x:Tensor, # (rows, columns)
     x = (x if wide else x.T).bfloat16()
     x = x/x.norm().clamp(min=1e-7)
     for _ in range(steps):
-        a = _symmetric(lambda i, j: x[i] @ x[j].T, x)
-        x = torch.addmm(x, _symmetric(lambda i, j: torch.addmm(a[i, j], a[i], a[:, j], beta=-4.7750, alpha=2.0315), x), x, beta=3.4445)
+        a = x @ x.T
+        x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x if wide else x.T
 
 # %% ../nbs/09a_zoo.ipynb #09a_zoo-030b

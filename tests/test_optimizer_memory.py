@@ -33,6 +33,8 @@ def gaps(p, r): p.data = torch.stack([p.data, p.data], -1)[..., 0]              
 def thin(p, r): p.data = p.data[..., ::2] if p.ndim else p.data
 def flatten(p, r): p.data = p.data.reshape(-1)
 def transpose(p, r): p.data = p.data.transpose(0, 1) if p.ndim > 1 else p.data                    # a square keeps its shape
+def turn(p, r):
+    with torch.no_grad(): p.t_() if p.ndim == 2 else None                                         # in place
 def reorder(p, r): p.data = p.data.transpose(0, -1).contiguous().transpose(0, -1) if p.ndim > 1 else p.data
 def channels_last(p, r): p.data = p.data.contiguous(memory_format=torch.channels_last) if p.ndim == 4 else p.data
 def contiguous(p, r): p.data = p.data.contiguous()
@@ -47,7 +49,7 @@ def own_grad(p, r):
 def grown_grad(p, r):
     if p.grad is not None: p.grad.data = torch.cat([p.grad.data.reshape(-1)]*2)
 
-MOVES = [grow, shrink, narrow, gaps, thin, flatten, transpose, reorder, channels_last, contiguous, retype, move, freeze, no_grad, other_grad, lying_grad, own_grad,
+MOVES = [grow, shrink, narrow, gaps, thin, flatten, transpose, turn, reorder, channels_last, contiguous, retype, move, freeze, no_grad, other_grad, lying_grad, own_grad,
          grown_grad]
 
 
@@ -86,6 +88,17 @@ class Play:
         a, b = self.ps[1], self.ps[2]
         if a.numel() >= b.numel(): b.data = a.data.reshape(-1)[:b.numel()].reshape_as(b)
 
+    def states(self): return [self.opt.state[p] for p in self.ps if self.opt.state.get(p)]
+
+    def restride(self): # a state by hand: the same numbers in another order in memory
+        for s in self.states()[:2]: s.update({k: v.mT.contiguous().mT for k, v in s.items() if torch.is_tensor(v) and v.ndim > 1})
+
+    def recount(self): # numbers of a state by hand: it is no longer as the others are
+        for s in self.states()[:1]: s.update({k: v+1 for k, v in s.items() if k == 'step'})
+
+    def forget(self): # one state begins anew
+        for p in self.ps[1:2]: self.opt.state.pop(p, None)
+
     def repair(self): # after an error: as its message says
         for p in self.ps:
             p.grad = None
@@ -106,7 +119,7 @@ class Play:
         for _ in range(n):
             for event in self.zero, self.forward, self.backward, self.step:
                 while self.r.random() < .25: self.r.choice(MOVES)(self.r.choice(self.ps), self.r)
-                if self.r.random() < .15: self.act(self.r.choice([self.save, self.load, self.reload, self.duplicate, self.hyper, self.share]))
+                if self.r.random() < .15: self.act(self.r.choice([self.save, self.load, self.reload, self.duplicate, self.hyper, self.share, self.restride, self.recount, self.forget]))
                 self.act(event)
         return self.seen
 
@@ -182,6 +195,7 @@ def main(play, seeds):
         return print('lives')
     if play == 'cuda': DEVICES.append('cuda')
     if play == 'blind': foreach._fits = lambda p, state: True
+    if play == 'stale': foreach.Plan.holds = lambda self, ps, states: True
     for name in CHAINS:
         done, refused = map(sum, zip(*(compare(name, seed) for seed in range(int(seeds)))))
         print(name, done, refused)
@@ -196,8 +210,9 @@ def test_any_engine_steps_as_tensor_by_tensor_or_says_why_not(play):
 
 def test_what_was_once_corrupted(): assert child('cases', '0').stdout == 'lives\n'
 
-def test_without_the_check_this_is_seen():
-    res = child('blind', '6', ok=False)
+@pytest.mark.parametrize('play', ['blind', 'stale'])
+def test_without_a_check_this_is_seen(play):
+    res = child(play, '6', ok=False)
     assert res.returncode != 0 and 'adamw' not in res.stdout
 
 @pytest.mark.parametrize('make', KERNELS, ids=['adamw', 'momentum'])

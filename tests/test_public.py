@@ -54,7 +54,7 @@ PUBLIC = {
         show_extremes AugmentCallback MixUp CutMix''',
     'train': '''Settings train''',
 }
-ENGINE = '''main predict_main step_lists kernel_of GroupsAndStates Entry TrainLoop CallbackHost SeededDataLoader collate write_state read_state
+ENGINE = '''main predict_main Plan kernel_of GroupsAndStates Entry TrainLoop CallbackHost SeededDataLoader collate write_state read_state
     preserve_order check_event fit_or_go_on make_data triangle_taps'''.split()
 
 

@@ -222,9 +222,8 @@ def test_table_and_formulas():
     for e in OPTIMIZERS.values():
         assert e.reference and e.formula.count(r'\\') == len(e.opt.all_parts)-1 and all(hasattr(o, 'formula') for o in e.opt.all_parts), e.name
 
-@pytest.mark.parametrize('shape', [(601, 700), (700, 601), (511, 512), (512, 512)])
-def test_muon_by_symmetry_is_muon(shape):
-    "Of matrices with 512 rows or more it computes three quarters of each symmetric product."
+@pytest.mark.parametrize('shape', [(601, 700), (700, 601)])
+def test_muon_is_torchs_muon_for_large_matrices(shape):
     gen = torch.Generator().manual_seed(0)
     p, grads = torch.randn(shape, generator=gen), [torch.randn(shape, generator=gen) for _ in range(3)]
     qs, rs = params_of([p]), params_of([p])
@@ -234,16 +233,6 @@ def test_muon_by_symmetry_is_muon(shape):
         a.step(); b.step()
     moved, want = qs[0] - p, rs[0] - p
     assert (moved - want).norm() < .02*want.norm() # bfloat16 rounds sums in another order
-
-def test_symmetric_copies_one_block_across_the_diagonal():
-    x, asked = torch.randn(601, 5, dtype=torch.float64), []
-    def block(i, j):
-        asked.append(res := x[i] @ x[j].T)
-        return res
-    out = zoo._symmetric(block, x)
-    assert torch.equal(out[300:, :300], out[:300, 300:].T)
-    torch.testing.assert_close(out, x @ x.T)
-    assert sum(o.numel() for o in asked) < .76*601**2
 
 def test_muon_is_for_matrices():
     ps = params_of([torch.ones(3)])
