@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 from common import interleaved, ratios, save, spread, table
-from dl2lib import datacache
+from dl2lib import datacache, images
 from dl2lib.datablock import (ByteToFloat, CategoryProcessor, ImageList, ResizeFixed, SplitData, get_files, grandparent_splitter, image_extensions,
                               label_by_func, make_rgb, parent_labeler, to_byte_tensor)
 
@@ -82,7 +82,7 @@ def by_hand(path, workers):
 
 
 def makers(path, cache):
-    res = {LESSON: lesson, PIL_: block, BYTES: partial(block, decoder=datacache.open_bytes), JPEG: partial(block, decoder=datacache.jpeg_decoder),
+    res = {LESSON: lesson, PIL_: block, BYTES: partial(block, decoder=images.open_bytes), JPEG: partial(block, decoder=images.jpeg_decoder),
            HAND: by_hand, CACHE: partial(block, cache=cache), FASTAI: fastai}
     return {k: f for k, f in res.items() if f is not fastai or importlib.util.find_spec('fastai')}
 

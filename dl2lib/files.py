@@ -125,11 +125,12 @@ def get_files(path,            # a folder
     ends = {e.lower() if e.startswith('.') else f'.{e.lower()}' for e in listify(extensions)}
     right, other = tuple(ends or ['']), tuple(_other_images) if ends >= image_extensions else ()
     for d, files, odd in _walk(tops, recurse, left_out):
-        def join(names): return [os.path.join(d, n) for n in names]
-        fits = sorted(n for n in files if n.lower().endswith(right))
-        found[d] = join(n for n in fits if n[0] != '.')
-        left_out += join(n for n in odd if n.lower().endswith(right)) + join(n for n in fits if n[0] == '.')
-        if len(fits) < len(files): others += join(n for n in files if n.lower().endswith(other))
+        prefix = os.path.join(d, '')
+        usual = next((n[-len(e):] for n in files[:1] for e in right if n.lower().endswith(e)), '/') # most end like the first
+        fits = sorted([n for n in files if n.endswith(usual) or n.lower().endswith(right)])
+        found[d] = [prefix+n for n in fits if n[0] != '.']
+        left_out += [prefix+n for n in odd if n.lower().endswith(right)] + [prefix+n for n in fits if n[0] == '.']
+        if len(fits) < len(files): others += [prefix+n for n in files if n.lower().endswith(other)]
     notes = _notes(left_out, others, _without_files(found, tops) if recurse else [], ends)
     for note in notes: warn(note)
     res = Paths([], notes)

@@ -560,3 +560,17 @@ def test_the_command_has_the_remedy(tmp_path, capsys):
         if n % bs == 1: break
     data, _ = make_data(tmp_path, size=8, bs=bs, seed=1)
     assert len(data.train_dl) == n//bs and [len(y) for _, y in data.train_dl] == [bs]*(n//bs)
+
+
+# Going on costs nothing
+
+def test_a_loader_of_a_million_items_goes_on_without_opening_what_came_before():
+    opened, n = [], 1_000_000
+    def counting(o): opened.append(o); return torch.tensor(o)
+    dl, _ = get_dls(LabeledData(ItemList(list(range(n)), tfms=counting), ItemList(range(n))), None, 64, seed=1)
+    dl.load_state_dict(dict(seed=1, n_pass=3, batch=10_000))
+    assert not opened
+    batches = iter(dl)
+    x, y = next(batches)
+    assert len(opened) == 64 and x.tolist() == y.tolist() == opened == dl.live_idxs and len(opened) == 64
+    batches.close()
