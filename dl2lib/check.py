@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .core import Table, compose, in_order, short, some
 from .datablock import ImageFileError, ItemList, LabeledData, SplitData, sorted_labels, vocab_of
-from .loader import Samples, item_name, shape_of
+from .loader import Samples, shape_of
 from .splits import labels_of
 from .state import preserve_rng
 

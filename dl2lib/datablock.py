@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Set
 from functools import partial
 from numbers import Real
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .core import ListContainer, compose, describe, in_order, listify, setify, short, some, uniqueify, warn
+from .core import ListContainer, compose, describe, in_order, listify, short, some, uniqueify, warn
 from .files import Paths, get_files, image_extensions
 from .images import ImageFileError, make_rgb, open_image, orientation
 from .loader import SeededDataset, get_dls, no_signal

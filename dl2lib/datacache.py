@@ -6,7 +6,7 @@
 __all__ = ['CacheError', 'cached']
 
 # %% ../nbs/engine/08_datacache.ipynb #08_datacache-002
-import copy, enum, errno, functools, hashlib, json, mmap, os, random, re, shutil, struct, sys, types, zlib
+import copy, enum, errno, functools, hashlib, json, mmap, os, re, shutil, struct, sys, types, zlib
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,10 +19,11 @@ import PIL.ExifTags, PIL.Image
 import torch
 from torch import Tensor
 
-from .core import describe, in_order, listify, name_culprit, short, warn
+from .core import describe, in_order, name_culprit, short, warn
 from .state import draws_nothing, preserve_rng, rng_state, same_rng_state
 from .datablock import ImageList, ItemList, LabeledData, SplitData
 from .datasets import data_dir
+from .loader import cells_of, generator_kinds
 from .safefile import digest, locked, new_file, sweep
 
 # %% ../nbs/engine/08_datacache.ipynb #08_datacache-018
@@ -34,9 +35,12 @@ class _DamagedError(CacheError): pass
 
 # %% ../nbs/engine/08_datacache.ipynb #08_datacache-020
 def _pack(o)->tuple: # kind, shape and bytes of what is stored; None for what cannot be
-    if isinstance(o, PIL.Image.Image): return (f'image {o.mode}', o.size, o.tobytes()) if o.mode in _modes and not _extra(o) else None
-    if type(o) is np.ndarray: return None if o.dtype.hasobject or o.dtype.names else (f'array {o.dtype.str}', o.shape, o.tobytes())
-    if type(o) is not Tensor or o.device.type != 'cpu' or o.layout != torch.strided or o.is_quantized or o.requires_grad: return None
+    if isinstance(o, PIL.Image.Image):
+        return (f'image {o.mode}', o.size, o.tobytes()) if o.mode in _modes and not _extra(o) else None
+    if type(o) is np.ndarray:
+        return None if o.dtype.hasobject or o.dtype.names else (f'array {o.dtype.str}', o.shape, o.tobytes())
+    if type(o) is not Tensor or o.device.type != 'cpu' or o.layout != torch.strided or o.is_quantized or o.requires_grad:
+        return None
     o = o.resolve_conj().resolve_neg().contiguous()
     return f'tensor {str(o.dtype)[6:]}', tuple(o.shape), o.reshape(-1).view(torch.uint8).numpy().tobytes()
 
@@ -68,23 +72,27 @@ _magic, _head, _rec = b'dl2cache', struct.Struct('<8sI16sQQQI'), struct.Struct('
 
 # %% ../nbs/engine/08_datacache.ipynb #08_datacache-024
 class CacheFile:
-    "A file of decoded items, found by their paths. It is mapped into memory when it is first read, once in each process, and pickles as a name."
+    """A file of decoded items, found by their paths. It is mapped into memory when it is first read,
+    once in each process, and pickles as a name."""
     def __init__(self, path,  # of the file
                  digest): # 16 bytes: of what it was made of
         self.path, self.digest, self.data = Path(path), digest, None
 
     def __getstate__(self): return dict(path=self.path, digest=self.digest, data=None)
     def __len__(self): return len(self.open().hashes)
-    def _damaged(self, why): return _DamagedError(f'{short(self.path)} is damaged ({why}): remove it and call cached(...) again')
+    def _damaged(self, why):
+        return _DamagedError(f'{short(self.path)} is damaged ({why}): remove it and call cached(...) again')
 
     def _map(self): # -> the file's bytes, with its head checked
         try: f = open(self.path, 'rb')
-        except FileNotFoundError: raise CacheError(f'{short(self.path)} is gone: call cached(...) again, which makes it anew') from None
+        except FileNotFoundError:
+            raise CacheError(f'{short(self.path)} is gone: call cached(...) again, which makes it anew') from None
         with f:
             if os.fstat(f.fileno()).st_size < _head.size + 4: raise self._damaged('it is too short')
             m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         magic, ver, digest, n, start, end, crc = _head.unpack_from(m)
-        if magic != _magic or zlib.crc32(m[:_head.size]) != struct.unpack_from('<I', m, _head.size)[0]: raise self._damaged('its head is no cache\'s')
+        if magic != _magic or zlib.crc32(m[:_head.size]) != struct.unpack_from('<I', m, _head.size)[0]:
+            raise self._damaged('its head is no cache\'s')
         if ver != 1: raise self._damaged(f'of version {ver}')
         if end != len(m) or start + 16*n > end: raise self._damaged(f'{len(m)} bytes instead of {end}')
         return m, digest, n, start, crc
@@ -93,7 +101,8 @@ class CacheFile:
         "Map the file, if that is still to be done, and check that it is whole and the one that was meant."
         if self.data is not None: return self
         m, digest, n, start, crc = self._map()
-        if digest != self.digest: raise CacheError(f'{short(self.path)} was made anew from other files: call cached(...) again')
+        if digest != self.digest:
+            raise CacheError(f'{short(self.path)} was made anew from other files: call cached(...) again')
         data = np.frombuffer(m, np.uint8)
         if zlib.crc32(data[start:]) != crc: raise self._damaged('its index is')
         self.kinds = [_unpacker(k) for k in json.loads(m[start+16*n:])['kinds']]
@@ -107,7 +116,8 @@ class CacheFile:
         h = np.uint64(_hash64(_text(fn)))
         i = self.hashes.searchsorted(h)
         if i == len(self.hashes) or self.hashes[i] != h:
-            raise CacheError(f'{short(fn)} is not in the cache {short(self.path)}: call cached(...) on a list that has it')
+            raise CacheError(f'{short(fn)} is not in the cache {short(self.path)}: call cached(...) on a list that '
+                             f'has it')
         at = int(self.offsets[i])
         kind, ndim, size = _rec.unpack_from(self.map, at)
         at += _rec.size + 8*ndim
@@ -120,7 +130,9 @@ class _Writer: # of a cache's file: records, then the index, and last the head
         self.hashes = np.fromiter(map(_hash64, strs), '<u8', len(strs))
         self.order, self.offsets = self.hashes.argsort(kind='stable'), array('Q')
         same = np.flatnonzero(np.diff(self.hashes[self.order]) == 0)
-        if len(same): raise CacheError(f'two paths of one hash: {", ".join(strs[i] for i in self.order[same[0]:same[0]+2])}: rename one')
+        if len(same):
+            raise CacheError(f'two paths of one hash: {", ".join(strs[i] for i in self.order[same[0]:same[0]+2])}: '
+                             f'rename one')
         self.write(bytes(-(-(_head.size+4)//16)*16))
 
     def write(self, data):
@@ -175,14 +187,14 @@ def _trial(f, xs, items, declared=None): # what `f` gives for each; None, if it 
     before, storable = rng_state(devices=False), [_pack(x) is not None for x in xs]
     first = _run(f, [_twin(x) if ok else x for x, ok in zip(xs, storable)], items)
     moved = _moved(before)
-    if moved and declared is False: raise CacheError(f'{short(describe(f))} says random = False, but it draws random numbers')
+    if moved and declared is False:
+        raise CacheError(f'{short(describe(f))} says random = False, but it draws random numbers')
     if moved: return None
     if declared is False or not all(storable): return first
     second = _run(f, xs, items)
     return second if list(map(_pack, first)) == list(map(_pack, second)) else None
 
 # %% ../nbs/engine/08_datacache.ipynb #08_datacache-039
-_generators = random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator, torch.Generator
 _plain = (type(None), bool, int, float, complex, str, bytes, range, slice, type(...), np.generic, np.dtype, torch.dtype,
           torch.device, torch.memory_format, torch.layout) # whose `repr` says all of it
 
@@ -202,11 +214,6 @@ def _name(o)->str: # of a function or class, with its module, if it is not the p
     return name if module in ('__main__', '__mp_main__') else f'{module}.{name}'
 
 
-def _filled(cells)->list: # of a function: one that refers to what is defined later may be empty
-    try: return [c.cell_contents for c in cells or ()]
-    except ValueError: return []
-
-
 def _state(o, where)->list: # what a pickle of an object would hold
     try: made = o.__reduce_ex__(4)
     except Exception as e:
@@ -222,7 +229,7 @@ def _key(o, where, inside=())->bytes: # anything; where it was found, in words; 
     "A digest of names and values that is the same in every process."
     def key(v, at=''): return _key(v, where+at, (*inside, id(o)))
     def attributes(d): return [p for k in sorted(d, key=str) for p in (str(k), key(d[k], f'.{k}'))]
-    if isinstance(o, _generators): raise _OwnGenerator(where)
+    if isinstance(o, generator_kinds): raise _OwnGenerator(where)
     if id(o) in inside: return _digest('cycle')
     own = None if isinstance(o, type) else getattr(o, 'cache_key', None)
     if own is not None: parts = ['cache_key', key(own() if callable(own) else own)]
@@ -241,7 +248,7 @@ def _key(o, where, inside=())->bytes: # anything; where it was found, in words; 
     elif isinstance(o, types.MethodType): parts = key(o.__func__), key(o.__self__)
     elif isinstance(o, types.FunctionType):
         if o.__name__ == '<lambda>': raise _Nameless(where)
-        cells = zip(o.__code__.co_freevars, _filled(o.__closure__))
+        cells = zip(o.__code__.co_freevars, cells_of(o))
         parts = [_name(o), key(o.__defaults__), key(o.__kwdefaults__), *attributes(dict(cells)), *attributes(vars(o))]
     elif isinstance(o, (type, types.ModuleType, np.ufunc)): parts = [_name(o)]
     elif callable(o) and hasattr(o, '__qualname__'): # a function in C, bound to an object or not
@@ -288,7 +295,8 @@ class _Plan: # what of an item list is covered, by what key, and how large it wi
         self.size, self.exact = max(sum(sizes)/len(sizes), 1), len(set(sizes)) == 1 # bytes of an item
 
     @property
-    def get_name(self): return describe(self.il.decoder) if isinstance(self.il, ImageList) else f'{type(self.il).__name__}.get'
+    def get_name(self):
+        return describe(self.il.decoder) if isinstance(self.il, ImageList) else f'{type(self.il).__name__}.get'
 
     def _get(self):
         before, xs = rng_state(devices=False), _run(self.il.get, self.items, self.items)
@@ -300,7 +308,8 @@ class _Plan: # what of an item list is covered, by what key, and how large it wi
         try: return _digest(_name(type(self.il)), _key(own, type(self.il).__name__))
         except _OwnGenerator as e:
             raise CacheError(f'{e} is a random generator: what {self.get_name} gives cannot be cached') from None
-        except _Nameless as e: raise CacheError(f'{e} is a lambda, which has no name: give a function with a name') from None
+        except _Nameless as e:
+            raise CacheError(f'{e} is a lambda, which has no name: give a function with a name') from None
 
     def item(self, s): return s if isinstance(self.items[0], str) else Path(s) # as the list has it
 
@@ -309,7 +318,8 @@ class _Plan: # what of an item list is covered, by what key, and how large it wi
         if (res := _pack(x)) is not None: return res
         what = f'a PIL image of mode {x.mode}{_extra(x)}' if isinstance(x, PIL.Image.Image) else f'a {type(x).__name__}'
         remedy = 'put make_rgb before' if isinstance(x, PIL.Image.Image) else 'end with to_byte_tensor, or with a plain tensor on the CPU'
-        raise CacheError(f'{short(o)}: {([self.get_name] + list(map(describe, self.covered)))[-1]} gives {what}, which cannot be cached: {remedy}')
+        raise CacheError(f'{short(o)}: {([self.get_name] + list(map(describe, self.covered)))[-1]} gives {what}, '
+                         f'which cannot be cached: {remedy}')
 
     def make(self, s:str)->tuple: # of a path: as `pack`
         return self.pack(s, self.source._get(self.item(s)))
@@ -391,12 +401,14 @@ def _build(fn, plan, strs, stats, digest, threads):
         _fill(out, plan, strs, threads)
         changed = np.flatnonzero((_stats(strs) != stats).any(1))
         if len(changed):
-            raise CacheError(f'{short(strs[changed[0]])} changed while the cache was made, and {len(changed)-1} others: call cached(...) again')
+            raise CacheError(f'{short(strs[changed[0]])} changed while the cache was made, and {len(changed)-1} '
+                             f'others: call cached(...) again')
         out.finish(digest)
 
 # %% ../nbs/engine/08_datacache.ipynb #08_datacache-071
 class CachedList(ItemList):
-    "Items whose covered transforms are read from a file; the others, `tfms`, run as ever. A subset, by `new`, reads the same file."
+    """Items whose covered transforms are read from a file; the others, `tfms`, run as ever. A subset, by `new`,
+    reads the same file."""
     def __init__(self,
                  items,       # paths
                  path='.',    # the folder they come from
@@ -408,7 +420,8 @@ class CachedList(ItemList):
         self.file, self.source, self.names = file, source, list(names)
 
     def new(self, items, cls=None):
-        if cls not in (None, type(self)): raise TypeError(f'a cached list stays a CachedList, and becomes no {cls.__name__}: take its `uncached`')
+        if cls not in (None, type(self)):
+            raise TypeError(f'a cached list stays a CachedList, and becomes no {cls.__name__}: take its `uncached`')
         return type(self)(items, self.path, self.tfms, self.file, self.source, self.names)
 
     def get(self, fn): return self.file.read(fn)
@@ -428,7 +441,8 @@ def _lists(x)->list: # the item lists in it that hold inputs
     if isinstance(x, ItemList): return [x]
     if isinstance(x, LabeledData): return [x.x]
     if isinstance(x, SplitData): return _lists(x.train) + _lists(x.valid)
-    raise TypeError(f'cached(...) takes an item list, labelled data or split data, not {type(x).__name__}: call it before to_databunch')
+    raise TypeError(f'cached(...) takes an item list, labelled data or split data, not {type(x).__name__}: call it '
+                    f'before to_databunch')
 
 
 def _with_lists(x, lists): # the same, with others in their places
@@ -443,7 +457,8 @@ def cached(x,            # an `ItemList` of files, `LabeledData`, or `SplitData`
            folder=None,  # for the cache's file; None: `data_dir()/'cache'`
            threads=None, # that make it; None: one a core
           ):             # the same kind of data, whose inputs are `CachedList`s
-    """Read each item as its transforms before the first random one leave it from one file, which is made now, unless there is one of the same
+    """Read each item as its transforms before the first random one leave it from one file, which is made now, unless
+    there is one of the same
     files (path, size, time of change, inode) and transforms (names and values; `cache_key` for their code). A random transform says so by `random = True`, or is found when tried."""
     folder, groups = Path(data_dir()/'cache' if folder is None else folder).expanduser(), {}
     with preserve_rng():

@@ -6,10 +6,11 @@
 __all__ = ['get_dls']
 
 # %% ../nbs/engine/08_loader.ipynb #08_loader-002
-import operator, random, signal, zlib
+import operator, random, signal, sys, sysconfig, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial, reduce
+from pathlib import Path
 from types import FunctionType, MethodType
 
 import numpy as np
@@ -36,11 +37,25 @@ def mix(*ks)->int: # whole numbers
     return reduce(_stir, ks, 0)
 
 # %% ../nbs/engine/08_loader.ipynb #08_loader-011
-_generators = random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator, torch.Generator
-_libraries = 'builtins abc collections functools pathlib torch torchvision numpy PIL dl2lib'.split()
+generator_kinds = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator,
+                   torch.Generator) # those that a transform may keep for itself
 
 
-def _cells(f): # what a function closes over
+def _is_yours(o)->bool: # whether a function or class is your code: that of installed packages is not searched
+    file = getattr(sys.modules.get(getattr(o, '__module__', None)), '__file__', None) or ''
+    return not {'site-packages', 'dist-packages'} & set(Path(file).parts) and not file.startswith(_python)
+
+
+_python = sysconfig.get_path('stdlib')
+
+
+def _attribute(o, name): # without running code of its class
+    try: return object.__getattribute__(o, name)
+    except Exception: return None
+
+
+def cells_of(f): # a function
+    "The values that it closes over."
     for c in f.__closure__ or ():
         try: yield c.cell_contents
         except ValueError: pass # not filled yet
@@ -52,13 +67,13 @@ def _inside(o)->list: # what an object refers to
     if isinstance(o, partial): return [o.func, *o.args, *o.keywords.values()]
     if isinstance(o, MethodType): return [o.__self__, o.__func__]
     if isinstance(o, FunctionType):
+        if not _is_yours(o): return []
         used = [o.__globals__[n] for n in o.__code__.co_names if n in o.__globals__]
-        used = [v for v in used if isinstance(v, _generators) or getattr(v, '__module__', 0) == o.__module__]
-        return [*used, *_cells(o), *(o.__defaults__ or ()), *(o.__kwdefaults__ or {}).values()]
-    if isinstance(o, type):
-        return [v for k in o.__mro__ if k.__module__.split('.')[0] not in _libraries for v in vars(k).values()]
+        used = [v for v in used if isinstance(v, generator_kinds) or getattr(v, '__module__', 0) == o.__module__]
+        return [*used, *cells_of(o), *(o.__defaults__ or ()), *(o.__kwdefaults__ or {}).values()]
+    if isinstance(o, type): return [v for k in o.__mro__ if k is not object and _is_yours(k) for v in vars(k).values()]
     slots = [n for k in type(o).__mro__ for n in listify(vars(k).get('__slots__')) if isinstance(n, str)]
-    return [*getattr(o, '__dict__', {}).values(), *(getattr(o, n, None) for n in slots), type(o)]
+    return [*(_attribute(o, '__dict__') or {}).values(), *(_attribute(o, n) for n in slots), type(o)]
 
 
 def found_in(o,       # a dataset, a transform, a sampler
@@ -66,7 +81,7 @@ def found_in(o,       # a dataset, a transform, a sampler
             )->list:  # in an order that is the same in every process
     "The objects of some classes that `o` refers to, by attributes, in lists, and by the names its functions use."
     res, seen, todo = [], set(), [o]
-    while todo:
+    while todo and len(seen) < 50_000: # no further than that in what may be a large dataset
         o = todo.pop()
         if id(o) in seen: continue
         seen.add(id(o))
@@ -153,7 +168,7 @@ class SeededDataset(torch.utils.data.Dataset):
     def __getitems__(self, keys)->Samples: # pairs (pass, index)
         idxs = [i for _, i in keys]
         if getattr(self.ds, 'random', True) is False: return Samples(self._in_threads(idxs), self.ds, idxs)
-        if self.gens is None: self.gens = found_in(self.ds, _generators)
+        if self.gens is None: self.gens = found_in(self.ds, generator_kinds)
         begun = {n_pass: mix(self.seed, n_pass) for n_pass, _ in keys}
         with seeding(self.gens) as seed_all:
             def made(n_pass, i):
@@ -201,7 +216,7 @@ class SeededBatches(Sampler):
     def _shuffled(self, seed): return torch.randperm(self.n, generator=torch.Generator().manual_seed(seed))
 
     def _sampled(self, seed):
-        with seeding(found_in(self.sampler, _generators)) as seed_all:
+        with seeding(found_in(self.sampler, generator_kinds)) as seed_all:
             seed_all(seed)
             order = [operator.index(i) for i in self.sampler]
         what = f'the sampler {type(self.sampler).__name__}'

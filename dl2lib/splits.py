@@ -6,7 +6,7 @@
 __all__ = ['Splitter', 'IndexSplitter', 'NameSplitter', 'ColumnSplitter', 'ColumnLabeler', 'StratifiedSplitter']
 
 # %% ../nbs/engine/08_splits.ipynb #08_splits-002
-import csv, difflib, hashlib, io, math, numbers, operator, os, unicodedata
+import csv, difflib, hashlib, io, numbers, operator, os, unicodedata
 from collections.abc import Mapping, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
