@@ -126,7 +126,7 @@ def get_files(path,            # a folder
     right, other = tuple(ends or ['']), tuple(_other_images) if ends >= image_extensions else ()
     for d, files, odd in _walk(tops, recurse, left_out):
         prefix = os.path.join(d, '')
-        usual = next((n[-len(e):] for n in files[:1] for e in right if n.lower().endswith(e)), '/') # most end like the first
+        usual = next((n[-len(e):] for n in files[:1] for e in right if n.lower().endswith(e)), '/')
         fits = sorted([n for n in files if n.endswith(usual) or n.lower().endswith(right)])
         found[d] = [prefix+n for n in fits if n[0] != '.']
         left_out += [prefix+n for n in odd if n.lower().endswith(right)] + [prefix+n for n in fits if n[0] == '.']

@@ -574,3 +574,42 @@ def test_a_loader_of_a_million_items_goes_on_without_opening_what_came_before():
     x, y = next(batches)
     assert len(opened) == 64 and x.tolist() == y.tolist() == opened == dl.live_idxs and len(opened) == 64
     batches.close()
+
+
+# The lesson's way of calling things, cell for cell, with 120 images and its batch size of 128
+
+@pytest.mark.filterwarnings('ignore:This DataLoader will create 4')
+def test_the_lessons_cells_run(tmp_path, monkeypatch):
+    for side, n in ('train', 10), ('val', 2):
+        for c in range(10):
+            for i in range(n): save(tmp_path/side/f'n0{c}'/f'{i}.JPEG', (160+c, 130+i), (c*25, i*25, 128))
+    ns = dict(path=tmp_path, bs=128)
+    exec('''
+from dl2lib.all import *
+from functools import partial
+import torch
+splitter = partial(grandparent_splitter, valid_name='val')
+il = ImageList.from_files(path, tfms=make_rgb)
+train, valid = split_by_func(il, splitter)
+assert (len(train), len(valid)) == (100, 20)
+tfms = [make_rgb, ResizeFixed(128), to_byte_tensor, to_float_tensor]
+il = ImageList.from_files(path, tfms=tfms)
+sd = SplitData.split_by_func(il, partial(grandparent_splitter, valid_name='val'))
+ll = label_by_func(sd, parent_labeler, proc_y=CategoryProcessor())
+assert ll.train.proc_y is ll.valid.proc_y
+assert ll.train.y_obj(0) == 'n00' and ll.train.y_obj(slice(2)) == ['n00', 'n00'] and ll.train.y.items[0] == 0
+train_dl, valid_dl = get_dls(ll.train, ll.valid, bs, num_workers=4)
+x, y = next(iter(train_dl))
+assert x.shape == (100, 3, 128, 128) and x.dtype == torch.float32
+assert ll.train.proc_y.vocab[y[0]] in ll.train.proc_y.vocab
+SplitData.to_databunch = databunchify
+data = ll.to_databunch(bs, c_in=3, c_out=10, num_workers=4)
+assert len(data.train_ds) == 100 and len(data.valid_ds) == 20
+cbfs = [partial(AvgStatsCallback, accuracy), CudaCallback]
+_m, _s = tensor([0.47, 0.48, 0.45]), tensor([0.29, 0.28, 0.30])
+norm = partial(normalize_chan, mean=_m, std=_s)
+cbfs.append(partial(BatchTransformXCallback, norm))
+learn, run = get_learn_run([8, 8], data, 0.2, conv_layer, cbs=cbfs)
+run.fit(1, learn)
+''', ns)
+    assert ns['run'].avg_stats.valid_stats.count == 20
