@@ -16,7 +16,7 @@ from torch import nn
 
 # %% ../nbs/engine/00_state.ipynb #00_state-008
 def set_seed(seed:int,             # 0 to 2**32-1, the most that NumPy takes
-             deterministic=False,  # use deterministic kernels too: slower, and an error where torch has none
+             deterministic=False,  # deterministic kernels too, from now on: slower, and an error where torch has none
             )->None:
     "Seed Python's `random`, NumPy and torch on every device; ValueError if `seed` is no such number."
     try: n = operator.index(seed) # any type of whole number
@@ -86,7 +86,7 @@ def draws_nothing(f # a function, a `partial` of one, or a callable object
 # %% ../nbs/engine/00_state.ipynb #00_state-029
 @contextmanager
 def preserve_mode(model:nn.Module): # its modules may be in different modes
-    "Switch `model` between training and evaluation inside; afterwards each of its modules is as it was."
+    "Inside, switch between training and evaluation as you like; afterwards each module is in the mode it had."
     modes = [(m, m.training) for m in model.modules()]
     try: yield model
     finally:
