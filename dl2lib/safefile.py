@@ -58,7 +58,8 @@ _REMEDIES = {
 def _explained(e, path):
     "An error of the operating system, with the name that the user gave and a remedy."
     remedy = _REMEDIES.get(e.errno, e.strerror or str(e))
-    message = f'cannot be written: {remedy}. What was there before is still there'
+    unchanged = '. What was there before is still there' if os.path.lexists(path) else ''
+    message = f'cannot be written; {remedy}{unchanged}'
     return OSError(e.errno or errno.EIO, message, str(path))
 
 # %% ../nbs/engine/00_safefile.ipynb #00_safefile-019

@@ -16,7 +16,7 @@ from torch import nn
 
 # %% ../nbs/engine/00_state.ipynb #00_state-008
 def set_seed(seed:int,             # 0 to 2**32-1, the most that NumPy takes
-             deterministic=False,  # deterministic kernels too, from now on: slower, and an error where torch has none
+             deterministic=False,  # from now on, use deterministic kernels too: slower, an error where torch has none
             )->None:
     "Seed Python's `random`, NumPy and torch on every device; ValueError if `seed` is no such number."
     try: n = operator.index(seed) # any type of whole number
@@ -40,7 +40,7 @@ def seed_cpu(seed:int)->None: # 0 to 2**64-1; NumPy gets the lower 32 bits
 def rng_state(devices=True # GPUs too: CUDA if it has been started (reading must not start it), and MPS
              )->dict:      # tensors and plain data, so a checkpoint can hold it
     "The state of every global random generator: Python's, NumPy's, and torch's on each device."
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = np.random.get_state() # a name, 624 numbers, then a position and what `normal` keeps
     cuda = torch.cuda.get_rng_state_all() if devices and torch.cuda.is_initialized() else []
     mps = torch.mps.get_rng_state() if devices and torch.backends.mps.is_available() else None
     keys = torch.from_numpy(keys.view(np.int32)) # a tensor is read and compared faster than 624 numbers
@@ -86,7 +86,7 @@ def draws_nothing(f # a function, a `partial` of one, or a callable object
 # %% ../nbs/engine/00_state.ipynb #00_state-029
 @contextmanager
 def preserve_mode(model:nn.Module): # its modules may be in different modes
-    "Inside, switch between training and evaluation as you like; afterwards each module is in the mode it had."
+    "Inside, switch modes as you like; afterwards each of its modules is as it was."
     modes = [(m, m.training) for m in model.modules()]
     try: yield model
     finally:

@@ -220,7 +220,7 @@ def test_an_error_at_any_step_names_the_file_and_the_remedy(monkeypatch, call, c
     def fail(*args, **kwargs): raise OSError(number, os.strerror(number))
     with monkeypatch.context() as m:
         m.setattr(*((sf, 'open') if call == 'open' else (os, call)), fail, raising=False)
-        with pytest.raises(OSError, match=f"cannot be written: .*{says}.*What was there before is still there: 'w.bin'") as e: write()
+        with pytest.raises(OSError, match=f"cannot be written; .*{says}.*What was there before is still there: 'w.bin'") as e: write()
     assert e.value.errno == number and e.value.filename == 'w.bin'
     assert Path('w.bin').read_bytes() == OLD and there() == ['w.bin']
 

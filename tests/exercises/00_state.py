@@ -7,5 +7,7 @@ ANSWERS = {
                ('@contextmanager\ndef seeded(seed):\n    with preserve_rng(): yield', 'go on as before'),
                ('@contextmanager\ndef seeded(seed):\n    with preserve_rng():\n        set_seed(0)\n        yield', 'ignores the seed'),
                ('@contextmanager\ndef seeded(seed):\n    before = torch.get_rng_state()\n    set_seed(seed)\n    yield\n    torch.set_rng_state(before)', 'random, numpy'),
-               ('@contextmanager\ndef seeded(seed):\n    before = rng_state()\n    set_seed(seed)\n    yield\n    set_rng_state(before)', 'after an error')]),
+               ('@contextmanager\ndef seeded(seed):\n    before = rng_state()\n    set_seed(seed)\n    yield\n    set_rng_state(before)', 'after an error'),
+               ('def seeded(seed):\n    with preserve_rng():\n        set_seed(seed)\n        yield', 'is @contextmanager above the def'),
+               ('@contextmanager\ndef seeded():\n    with preserve_rng(): yield', 'should take a seed')]),
 }
