@@ -5,6 +5,8 @@ from dl2lib.state import *
 from dl2lib.core import *
 from dl2lib.safefile import *
 from dl2lib.scoreboard import *
+from dl2lib.files import *
+from dl2lib.images import *
 from dl2lib.datasets import *
 from dl2lib.schedules import *
 from dl2lib.callbacks import *
@@ -13,8 +15,6 @@ from dl2lib.hooks import *
 from dl2lib.convnet import *
 from dl2lib.lsuv import *
 from dl2lib.resnet import *
-from dl2lib.files import *
-from dl2lib.images import *
 from dl2lib.splits import *
 from dl2lib.loader import *
 from dl2lib.datablock import *

@@ -386,7 +386,7 @@ def shapes(root=None,    # folder for datasets; None: `data_dir()`
 # %% ../nbs/engine/01_datasets.ipynb #01_datasets-079
 def _fingerprint(folder): # of a dataset -> digest of names, sizes and times of its images; None if there is no folder
     if not folder.exists(): return None
-    h = hashlib.sha256()
+    h = hashlib.sha256(b'decoded at the scale that is needed') # files made in another way are made anew
     for c in sorted(o for o in folder.glob('*/*') if o.is_dir()):
         for o in _images(c):
             s = o.stat()
@@ -394,10 +394,12 @@ def _fingerprint(folder): # of a dataset -> digest of names, sizes and times of 
     return h.hexdigest()
 
 def _decode(folder, size): # of a split -> its images, (n,3,size,size), and the numbers of their classes, (n,)
+    from dl2lib.images import make_rgb, open_image # not above: they need torch
     files = [(o.path, i) for i, name in enumerate(shape_names) for o in _images(folder/name)]
     x = np.empty((len(files), 3, size, size), np.uint8)
     for pixels, (fn, _) in zip(x, files):
-        with Image.open(fn) as img: img = img.convert('RGB').resize((size, size), Image.Resampling.BILINEAR)
+        img = make_rgb(open_image(fn, size=(size, size))) # as `ImageList` and `ResizeFixed` do it
+        img = img.resize((size, size), Image.Resampling.BILINEAR, box=img.info.get('content_box'))
         pixels[:] = np.asarray(img).transpose(2, 0, 1)
     return x, np.array([i for _, i in files], np.int64)
 

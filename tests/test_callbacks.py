@@ -444,7 +444,7 @@ def test_transforms_of_a_batch():
         def begin_batch(self): seen.append(self.xb)
     double = lambda x: x*2
     def first(x): return x+1
-    first._order = -1
+    first._order, double._order = -1, 0
     fit([BatchTransformXCallback([double, first]), Look()], n_train=1)
     torch.testing.assert_close(seen, [(x+1)*2 for x, _ in [*batches(1), *batches(1, seed=9)]])
 

@@ -11,6 +11,8 @@ PUBLIC = {
         to_device set_seed''',
     'safefile': '''''',
     'scoreboard': '''record_score plot_scoreboard''',
+    'files': '''image_extensions get_files''',
+    'images': '''ImageFileError open_image make_rgb open_bytes jpeg_decoder''',
     'datasets': '''shape_names imagenette_names data_dir shape_image shapes shapes_tensors imagenette''',
     'schedules': '''annealer sched_lin sched_cos sched_no sched_exp combine_scheds cos_1cycle_anneal create_phases''',
     'callbacks': '''events CancelStepException CancelBatchException CancelEpochException CancelTrainException Callback TrainEvalCallback accuracy
@@ -21,8 +23,6 @@ PUBLIC = {
         model_summary''',
     'lsuv': '''lsuv_init lsuv_module''',
     'resnet': '''ResBlock get_resnet_layers get_resnet_model''',
-    'files': '''image_extensions get_files''',
-    'images': '''ImageFileError open_image make_rgb open_bytes jpeg_decoder''',
     'splits': '''Splitter IndexSplitter NameSplitter ColumnSplitter ColumnLabeler StratifiedSplitter''',
     'loader': '''get_dls''',
     'datablock': '''norm_imagenette ItemList ImageList Transform MakeRGB ResizeFixed to_byte_tensor to_float_tensor
