@@ -10,7 +10,9 @@ ANSWERS = {
     'check_groups': dict(
         right=[group("random_splitter(Path(fn).name.split('_')[0], p_valid)"), group("random_splitter(re_labeler(fn, r'(.+)_'), p_valid=p_valid, seed=7)")],
         wrong=[(group('random_splitter(fn, p_valid)'), 'some dogs are on both sides'), (group('random_splitter(parent_labeler(fn), p_valid)'), 'same side'),
-               (group("random_splitter(re_labeler(fn, r'^([^_]+)_'))"), 'pass it on'), (group('random.random() < p_valid'), 'both sides'),
+               (group("random_splitter(re_labeler(fn, r'^([^_]+)_'))"), 'pass it on'), (group('random.random() < p_valid'), 'both sides'), (group('bool(hash(re_labeler(fn, r"(.+)_")) % 2)'), 'in every process'),
+               ('sides = {}\ndef group_splitter(fn, p_valid=0.2): return sides.setdefault(re_labeler(fn, r"(.+)_"), random.random() < p_valid)', 'draws random numbers'),
+               (group('"valid" if random_splitter(re_labeler(fn, r"(.+)_"), p_valid) else "train"'), 'True or False'),
                (group("random_splitter(re_labeler(fn, r'(\\d+)_'), p_valid)"), 'two dogs'), (group("random_splitter(re_labeler(fn, r'_(\\d+)'), p_valid)"), 'both sides')]),
     'check_order': dict(
         right=["order = 'make_rgb crop ResizeFixed to_byte_tensor'.split()"],
@@ -20,6 +22,6 @@ ANSWERS = {
     'check_standardize': dict(
         right=[standardize(proc='item/self.std - self.mean/self.std'), standardize(mean='sum(items)/len(items)', std='statistics.pvariance(items)**.5')],
         wrong=[(standardize(mean='0.'), 'subtract the mean'), (standardize(std='statistics.stdev(items)'), 'pstdev'), (standardize(std='1.'), 'standard deviation'),
-               (standardize(back='item'), 'deproc1'), (standardize(back='(item+self.mean)*self.std'), 'deproc1'), (standardize(std='statistics.pvariance(items)'), 'standard deviation'),
+               (standardize(back='item'), 'deproc1'), (standardize().split('    def deproc1')[0], 'deproc1 is missing'), (standardize(proc='item-self.mean/self.std'), 'in parentheses'), (standardize(back='(item+self.mean)*self.std'), 'deproc1'), (standardize(std='statistics.pvariance(items)'), 'standard deviation'),
                (standardize(more='    def __call__(self, items):\n        self.setup(items)\n        return [self.proc1(o) for o in items]'), 'its own mean')]),
 }
